@@ -1,0 +1,56 @@
+"""Optimizer and schedule. LDAdamW and AdamW get the same groups, so a comparison differs in the rule alone."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import LambdaLR
+
+from launch.config import ConfigError, OptimizerOptions
+
+
+def build_optimizer(model: nn.Module, options: OptimizerOptions) -> torch.optim.Optimizer:
+    from ldadam_dist import LDAdamW, build_param_groups
+
+    module = model.module if isinstance(model, DistributedDataParallel) else model
+    try:
+        groups = build_param_groups(
+            module, rank=options.rank, lr=options.lr, lr_other=options.lr_other, weight_decay=options.weight_decay
+        )
+        if options.optimizer == "adamw":
+            kept = ("params", "lr", "weight_decay")
+            groups = [{key: group[key] for key in kept} for group in groups]
+            return torch.optim.AdamW(groups, lr=options.lr, betas=options.resolved_betas, eps=options.eps)
+        return LDAdamW(
+            groups,
+            lr=options.lr,
+            betas=options.resolved_betas,
+            eps=options.eps,
+            weight_decay=options.weight_decay,
+            rank=options.rank,
+            rho=options.rho,
+            proj_type=options.proj_type,
+            proj_method=options.proj_method,
+            error_feedback=options.error_feedback,
+        )
+    except ValueError as error:
+        raise ConfigError(f"optimizer={options.optimizer}: {error}") from error
+
+
+def lr_factor(step: int, *, steps: int, warmup_steps: int, min_lr_ratio: float) -> float:
+    """Share of the peak learning rate that the update after ``step`` updates takes: linear warm-up, then cosine."""
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    progress = min(1.0, (step - warmup_steps) / max(1, steps - warmup_steps))
+    return min_lr_ratio + (1 - min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def build_scheduler(optimizer: torch.optim.Optimizer, options: OptimizerOptions, steps: int) -> LambdaLR:
+    factor = functools.partial(
+        lr_factor, steps=steps, warmup_steps=options.warmup_steps, min_lr_ratio=options.min_lr_ratio
+    )
+    return LambdaLR(optimizer, factor)

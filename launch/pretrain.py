@@ -1,0 +1,40 @@
+"""Pretrain a Llama on real text, with LDAdamW or AdamW, on one device or many.
+
+python launch/pretrain.py --config configs/pretrain/default.yaml
+torchrun --standalone --nproc-per-node 2 launch/pretrain.py --config configs/pretrain/default.yaml --optimizer adamw
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+# Run as a file, Python looks for modules in launch/ alone: name the repository as well.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from launch.config import ConfigError, parse_config
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code: 0, 1 when the training diverged, 2 for options or data that cannot be used."""
+    config = parse_config(arguments)
+
+    # After the options are checked: these take seconds to import.
+    from launch import distributed
+    from launch.trainer import Trainer
+
+    world = distributed.start()
+    try:
+        Trainer(config, world).train()
+    except (ConfigError, FloatingPointError) as error:
+        if world.is_main:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2 if isinstance(error, ConfigError) else 1
+    finally:
+        distributed.stop()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

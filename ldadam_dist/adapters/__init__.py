@@ -1,0 +1,33 @@
+"""How each backend stores a parameter and its states. Adapters move data; they do no maths."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from ldadam_dist.adapters.dtensor import MeshAdapter
+from ldadam_dist.adapters.tensor import TensorAdapter
+
+Adapter = TensorAdapter | MeshAdapter
+
+
+def adapter_for(param: Tensor, process_group: Any | None, name: str) -> Adapter:
+    """The adapter of one parameter.
+
+    Args:
+        param: the parameter that is stepped.
+        process_group: group over which plain parameters are replicas, or None.
+        name: how errors call the parameter.
+    Raises:
+        ValueError: a layout that is not supported.
+    """
+    if isinstance(param, DTensor):
+        return MeshAdapter.of_dtensor(param, name)
+    if process_group is not None:
+        return MeshAdapter.of_replicas(param, process_group)
+    return TensorAdapter()
+
+
+__all__ = ["Adapter", "MeshAdapter", "TensorAdapter", "adapter_for"]

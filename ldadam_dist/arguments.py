@@ -1,0 +1,165 @@
+"""Checks of hyperparameters and parameter groups. Every error says what was found, what was expected, what to do."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldadam_dist.rules import PROJ_METHODS, PROJ_TYPES, is_low_rank, oriented_shape
+
+PROJECTOR_INITS = ("auto", "svd", "randomized")
+
+ERROR_DTYPES = ("float64", "float32", "bfloat16")
+
+GROUP_KEYS = (
+    "params param_names lr betas eps weight_decay rank rho proj_type proj_method error_feedback "
+    "projector_init error_dtype enable_lowrank"
+).split()
+
+_FOREIGN = {
+    "update_proj_gap": "LDAdam refreshes its subspace at every step, so there is no gap between updates to set",
+    "scale": "LDAdam's update needs no extra scale: its error feedback gives back what the projection lost",
+    "scale_type": "LDAdam's update needs no extra scale",
+    "scale_front": "LDAdam's update needs no extra scale",
+    "proj": "the projection is chosen with proj_type and proj_method",
+    "svd_gap": "LDAdam refreshes its subspace at every step, so there is no gap between updates to set",
+}
+
+
+def refuse_foreign(keys: Sequence[str]) -> None:
+    """Raise ValueError for arguments of GaLore or APOLLO, with a hint how LDAdam differs."""
+    for key in keys:
+        if key in _FOREIGN:
+            raise ValueError(f"{key!r} is an argument of GaLore or APOLLO, not of LDAdamW: {_FOREIGN[key]}. Remove it.")
+
+
+def check_group(group: Mapping[str, Any]) -> None:
+    """Raise ValueError for a hyperparameter of a complete parameter group that is out of its range."""
+    refuse_foreign(list(group))
+    for key in group:
+        near = difflib.get_close_matches(key, GROUP_KEYS, n=1, cutoff=0.8)
+        if key not in GROUP_KEYS and near and near[0] not in ("params", "param_names"):
+            raise ValueError(f"unknown key {key!r} in a parameter group; did you mean {near[0]!r}?")
+    for key in ("lr", "eps", "weight_decay"):
+        _check_number(key, group[key], 0.0, math.inf)
+    betas = group["betas"]
+    if not isinstance(betas, Sequence) or len(betas) != 2:
+        raise ValueError(f"betas={betas!r}: expected two numbers in [0, 1), such as (0.908, 0.99).")
+    for i, beta in enumerate(betas):
+        _check_number(f"betas[{i}]", beta, 0.0, 1.0)
+    _check_number("rho", group["rho"], 0.0, 1.0)
+    rank = group["rank"]
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        raise ValueError(f"rank={rank!r}: expected a positive integer, the number of directions kept of each matrix.")
+    _check_choice("proj_type", group["proj_type"], PROJ_TYPES)
+    _check_choice("proj_method", group["proj_method"], PROJ_METHODS)
+    _check_choice("projector_init", group["projector_init"], PROJECTOR_INITS)
+    if group["error_dtype"] is not None:
+        _check_choice("error_dtype", group["error_dtype"], ERROR_DTYPES)
+    for key in ("error_feedback", "enable_lowrank"):
+        if not isinstance(group[key], bool):
+            raise ValueError(f"{key}={group[key]!r}: expected True or False.")
+
+
+def check_params(named: Sequence[tuple[str, Tensor]], group: Mapping[str, Any], low_rank_required: bool) -> None:
+    """Raise ValueError for a parameter that cannot be stepped.
+
+    Args:
+        named: (name, parameter) pairs of the group.
+        group: its complete hyperparameters.
+        low_rank_required: the caller set enable_lowrank=True on this group, so that a matrix must fit its rank.
+    """
+    for name, param in named:
+        if is_fsdp1_flat(param):
+            raise ValueError(
+                f"parameter {name} is a flat parameter of FullyShardedDataParallel (FSDP1), which cuts matrices into "
+                f"1-D pieces. Shard the model with torch.distributed.fsdp.fully_shard (FSDP2) instead."
+            )
+        if param.is_complex():
+            raise ValueError(f"parameter {name} has dtype {param.dtype}: expected a real floating dtype.")
+        if not param.is_floating_point():
+            raise ValueError(f"parameter {name} has dtype {param.dtype}: expected a floating dtype. Freeze it.")
+        if low_rank_required and param.ndim == 2 and group["rank"] >= min(param.shape):
+            raise ValueError(
+                f"rank={group['rank']} does not fit parameter {name} of shape {tuple(param.shape)}: a projection "
+                f"keeps fewer than min(shape) = {min(param.shape)} directions. "
+                f"Lower rank, or set enable_lowrank=False for its group."
+            )
+
+
+def check_grad(name: str, param: Tensor) -> None:
+    """Raise ValueError for a gradient that cannot be used."""
+    if param.grad is not None and param.grad.layout is not torch.strided:
+        raise ValueError(
+            f"the gradient of parameter {name} has layout {param.grad.layout}: expected a dense gradient. "
+            f"Use sparse=False in the embedding."
+        )
+
+
+def check_projects(named: Sequence[tuple[str, Tensor, Mapping[str, Any]]]) -> None:
+    """Raise ValueError if no parameter at all would be projected."""
+    if any(is_low_rank(param.shape, group["rank"], group["enable_lowrank"]) for _, param, group in named):
+        return
+    matrices = [(min(p.shape), name, tuple(p.shape), g) for name, p, g in named if p.ndim == 2]
+    if matrices:
+        _, name, shape, group = max(matrices, key=lambda item: item[0])
+        found = f"the largest matrix is {name} of shape {shape}, in a group with rank={group['rank']}"
+        found += f" and enable_lowrank={group['enable_lowrank']}"
+    else:
+        found = f"none of its {len(named)} parameters is a matrix"
+    raise ValueError(
+        f"LDAdamW would project nothing: {found}; expected a matrix larger than its rank in both dimensions. "
+        f"Lower rank or set enable_lowrank=True, or use torch.optim.AdamW. Parameters that an engine has flattened to "
+        f"one dimension (FSDP1, DeepSpeed ZeRO) hide their matrices: shard with fully_shard."
+    )
+
+
+def check_state(
+    name: str, param: Tensor, group: Mapping[str, Any], saved_group: Mapping[str, Any], saved: Mapping[str, Any]
+) -> None:
+    """Raise ValueError if a saved state does not belong to this parameter and group."""
+    for key in ("rank", "proj_type", "enable_lowrank"):
+        if key in saved_group and saved_group[key] != group[key]:
+            raise ValueError(
+                f"the state of parameter {name} was saved with {key}={saved_group[key]!r}, this optimizer has "
+                f"{key}={group[key]!r}. Build the optimizer with the saved value, or start without this state."
+            )
+    if not saved:
+        return
+    expected = {"exp_avg": tuple(param.shape), "exp_avg_sq": tuple(param.shape)}
+    if is_low_rank(param.shape, group["rank"], group["enable_lowrank"]):
+        m, n = oriented_shape(param.shape, group["proj_type"])
+        expected = {"exp_avg": (group["rank"], n), "exp_avg_sq": (group["rank"], n), "projector": (m, group["rank"])}
+        if "error" in saved:
+            expected["error"] = tuple(param.shape)
+    for key, shape in expected.items():
+        found = tuple(saved[key].shape) if key in saved else "nothing"
+        if found != shape:
+            raise ValueError(
+                f"the saved {key!r} of parameter {name} of shape {tuple(param.shape)} is {found}: expected {shape}. "
+                f"This state belongs to another model or to other settings."
+            )
+
+
+def is_fsdp1_flat(param: Tensor) -> bool:
+    """Whether FSDP1 made this parameter: flat, or a view into one (use_orig_params=True)."""
+    return hasattr(param, "_fsdp_flattened")
+
+
+def _check_number(name: str, value: Any, low: float, high: float) -> None:
+    number = float(value) if isinstance(value, (int, float, Tensor)) and not isinstance(value, bool) else math.nan
+    if not low <= number < high:
+        expected = "a number ≥ 0" if high == math.inf else f"a number in [{low:g}, {high:g})"
+        raise ValueError(f"{name}={value!r}: expected {expected}.")
+
+
+def _check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    if value not in choices:
+        near = difflib.get_close_matches(str(value), choices, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{name}={value!r}: expected one of {', '.join(map(repr, choices))}.{hint}")

@@ -1,0 +1,271 @@
+"""Parameter groups for LDAdamW, and a table of what each parameter gets.
+
+optimizer = LDAdamW(build_param_groups(model, rank=128), lr=1e-3)
+print(describe(model, rank=128))
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ldadam_dist.rules import (
+    PROJ_TYPES,
+    compute_dtype,
+    is_low_rank,
+    oriented_shape,
+    projected_side,
+    stored_error_dtype,
+)
+from ldadam_dist.selection import Patterns, decide, nothing_projected
+
+
+def build_param_groups(
+    model: nn.Module,
+    *,
+    rank: int = 128,
+    lr: float | None = None,
+    lr_other: float | None = None,
+    weight_decay: float = 0.0,
+    include: Patterns = None,
+    exclude: Patterns = None,
+    rank_pattern: Mapping[str, int] | None = None,
+    proj_type: str | None = None,
+    named: bool = True,
+) -> list[dict[str, Any]]:
+    """Groups for `LDAdamW` in which the weights of linear layers are projected and everything else gets AdamW.
+
+    The modules decide: weights of `nn.Linear` (and subclasses), transformers' Conv1D and `nn.MultiheadAttention` are
+    projected, if they are larger than `rank` in both dimensions. Embeddings, the head (`get_output_embeddings()`, or a
+    linear layer named as one), norms, biases, LoRA and other PEFT adapters, convolutions, stacked experts and matrices
+    of modules that are none of these get AdamW. A tied parameter appears once, as an embedding if any use is one; a
+    frozen one is left out. The model may be wrapped by DistributedDataParallel or torch.compile, sharded by
+    `fully_shard`, or on the meta device: names have no wrapper's prefix and shapes are global.
+
+    Args:
+        model: the model. Build the groups after `fully_shard`, which replaces parameters.
+        rank: directions kept of each projected matrix.
+        lr, lr_other: learning rate of the projected matrices, and of everything else; None leaves it to the optimizer.
+        weight_decay: of matrices, embeddings and everything else with two dimensions or more; biases, norms and other
+            vectors have none, as in Hugging Face's Trainer.
+        include: project only what this matches. A list holds names, parts of names or regular expressions for whole
+            names, of parameters or modules; a single string is one such regular expression; "all-linear" is the
+            default. An entry that is the name of a parameter or its module, in full or its last part ("lm_head"),
+            also projects what the rules above would give to AdamW.
+        exclude: give AdamW to what this matches, in the same forms; stronger than `include`.
+        rank_pattern: ranks by pattern, {"down_proj": 64}; the first that matches counts.
+        proj_type: put into the groups of matrices; None leaves it to the optimizer.
+        named: `params` holds (name, parameter) pairs, so that errors and state dicts can name parameters. False gives
+            bare parameters, for libraries that read groups before the optimizer does.
+    Returns:
+        Groups with `params`, `weight_decay`, `rank`, `enable_lowrank` and, if given, `lr` and `proj_type`: one group
+        of matrices for each rank, then the rest with and without weight decay; no group is empty.
+    """
+    if proj_type is not None and proj_type not in PROJ_TYPES:
+        raise ValueError(f"proj_type={proj_type!r} is unknown. Choose one of {', '.join(map(repr, PROJ_TYPES))}.")
+    decisions = decide(model, rank=rank, include=include, exclude=exclude, rank_pattern=rank_pattern)
+    if not any(d.low_rank for d in decisions):
+        raise nothing_projected(decisions, rank)
+
+    groups: dict[tuple[bool, int, float], dict[str, Any]] = {}
+    trainable = [d for d in decisions if not d.frozen]
+    for decision in sorted(trainable, key=lambda d: (not d.low_rank, d.low_rank and d.rank != rank, not d.info.decay)):
+        info = decision.info
+        decay = weight_decay if info.decay else 0.0
+        group_rank = decision.rank if decision.low_rank else rank
+        group = groups.setdefault(
+            (decision.low_rank, group_rank, decay),
+            {"params": [], "weight_decay": decay, "rank": group_rank, "enable_lowrank": decision.low_rank},
+        )
+        group["params"].append((info.name, info.param) if named else info.param)
+    for group in groups.values():
+        group_lr = lr if group["enable_lowrank"] else lr_other
+        if group_lr is not None:
+            group["lr"] = group_lr
+        if proj_type is not None and group["enable_lowrank"]:
+            group["proj_type"] = proj_type
+    return list(groups.values())
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A line of the table: one parameter, or several alike."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    rule: str
+    side: str
+    rank: int | None
+    state_bytes: int
+    adamw_bytes: int
+    count: int = 1
+
+
+def describe(
+    target: nn.Module | torch.optim.Optimizer | Iterable[Any],
+    *,
+    verbose: bool = False,
+    proj_type: str | None = None,
+    error_feedback: bool | None = None,
+    error_dtype: str | torch.dtype | None = None,
+    **options: Any,
+) -> str:
+    """Table of every parameter: its shape, rule and why, projected side, rank, and bytes of state against AdamW.
+
+    The bytes are those of the whole model, which sharding divides among the processes. Layers that are alike share a
+    line ('layers.*.mlp.up_proj.weight × 24').
+
+        LDAdamW   (m·r + 2·r·n) elements of float32 (float64 for float64 parameters), with error feedback m·n more in
+                  its dtype, m the projected and n the kept dimension
+        AdamW     2·m·n elements in the parameter's dtype
+
+    Args:
+        target: a model, parameter groups as `build_param_groups` returns them, or an optimizer.
+        verbose: one line for each parameter.
+        proj_type, error_feedback, error_dtype: as given to LDAdamW; by default what groups or optimizer say, or else
+            "std", True and the parameter's dtype (float32 for float16).
+        options: for a model, the arguments of `build_param_groups` (rank, include, exclude, rank_pattern).
+    """
+    settings = {"proj_type": proj_type, "error_feedback": error_feedback, "error_dtype": error_dtype}
+    frozen = None
+    if isinstance(target, nn.Module):
+        for unused in ("lr", "lr_other", "weight_decay", "named"):
+            options.pop(unused, None)
+        decisions = decide(target, **{"rank": 128, **options})
+        rows = [
+            _row(d.info.name, d.info.param, d.info.shape, d.rank, d.low_rank, d.why, settings)
+            for d in decisions
+            if not d.frozen
+        ]
+        frozen = [math.prod(d.info.shape) for d in decisions if d.frozen]
+    else:
+        if options:
+            raise TypeError(f"{', '.join(options)}: only a model takes these; groups and optimizers have their own.")
+        rows = _group_rows(target, settings)
+    if not rows:
+        raise ValueError("nothing to describe: found no trainable parameter.")
+    return _render(rows if verbose else _fold(rows), frozen)
+
+
+def _group_rows(target: torch.optim.Optimizer | Iterable[Any], settings: dict[str, Any]) -> list[_Row]:
+    defaults = target.defaults if isinstance(target, torch.optim.Optimizer) else {}
+    groups = target.param_groups if isinstance(target, torch.optim.Optimizer) else list(target)
+    rows: list[_Row] = []
+    for group in groups:
+        if not isinstance(group, Mapping):
+            raise TypeError(f"expected a model, an optimizer or a list of group dicts, found {type(group).__name__}.")
+        said = {**defaults, **group}
+        known = {key: said.get(key) if value is None else value for key, value in settings.items()}
+        names = group.get("param_names")
+        # An optimizer that has no rank is not LDAdamW, and projects nothing.
+        rank, enabled = int(said.get("rank") or 0), bool(said.get("enable_lowrank", "rank" in said))
+        params = [group["params"]] if isinstance(group["params"], torch.Tensor) else group["params"]
+        for index, item in enumerate(params):
+            name, param = item if isinstance(item, tuple) else (names[index] if names else f"[{len(rows)}]", item)
+            shape = tuple(getattr(param, "ds_shape", param.shape))
+            why = ""
+            if not is_low_rank(shape, rank, enabled):
+                not_matrix = "vector" if len(shape) < 2 else f"{len(shape)}-D" if len(shape) > 2 else ""
+                why = not_matrix or (f"rank {rank} ≥ {min(shape)}" if enabled else "by its group")
+            rows.append(_row(name, param, shape, rank, not why, why, known))
+    return rows
+
+
+def _row(
+    name: str,
+    param: torch.Tensor,
+    shape: tuple[int, ...],
+    rank: int,
+    low_rank: bool,
+    why: str,
+    settings: Mapping[str, Any],
+) -> _Row:
+    item = param.dtype.itemsize
+    adamw_bytes = 2 * math.prod(shape) * item
+    if not low_rank:
+        return _Row(name, shape, param.dtype, f"AdamW: {why}", "", None, adamw_bytes, adamw_bytes)
+    proj_type = settings["proj_type"] or "std"
+    m, n = oriented_shape(shape, proj_type)
+    state_bytes = (m * rank + 2 * rank * n) * compute_dtype(param.dtype).itemsize
+    if settings["error_feedback"] is None or settings["error_feedback"]:
+        state_bytes += m * n * stored_error_dtype(param.dtype, settings["error_dtype"]).itemsize
+    side = "rows" if projected_side(shape, proj_type) == "left" else "columns"
+    return _Row(name, shape, param.dtype, "LDAdamW", side, rank, state_bytes, adamw_bytes)
+
+
+def _fold(rows: list[_Row]) -> list[_Row]:
+    """Rows whose names differ only in numbers, and in nothing else, become one."""
+    alike: dict[tuple[Any, ...], list[_Row]] = {}
+    for row in rows:
+        pattern = re.sub(r"(?<![^.])\d+(?![^.])", "*", row.name)
+        alike.setdefault((pattern, row.shape, row.dtype, row.rule, row.side, row.rank), []).append(row)
+    return [
+        same[0]
+        if len(same) == 1
+        else _Row(
+            str(key[0]),
+            *(same[0].shape, same[0].dtype, same[0].rule, same[0].side, same[0].rank),
+            state_bytes=sum(row.state_bytes for row in same),
+            adamw_bytes=sum(row.adamw_bytes for row in same),
+            count=len(same),
+        )
+        for key, same in alike.items()
+    ]
+
+
+def _render(rows: list[_Row], frozen: list[int] | None) -> str:
+    cells = [("parameter", "shape", "rule", "side", "rank", "state", "of AdamW")]
+    cells += [
+        (
+            row.name + (f" × {row.count}" if row.count > 1 else ""),
+            " × ".join(map(str, row.shape)) or "scalar",
+            row.rule,
+            row.side,
+            str(row.rank or ""),
+            _bytes(row.state_bytes),
+            _percent(row.state_bytes, row.adamw_bytes),
+        )
+        for row in rows
+    ]
+    widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
+    align = "<><<>>>"
+    lines = ["  ".join(map(_pad, line, widths, align)).rstrip() for line in cells]
+    lines.insert(1, "-" * max(map(len, lines)))
+    lines.append(lines[1])
+
+    elements = sum(math.prod(row.shape) * row.count for row in rows)
+    for rule in ("LDAdamW", "AdamW", ""):
+        part = [row for row in rows if row.rule.partition(":")[0] == rule or not rule]
+        number = sum(math.prod(row.shape) * row.count for row in part)
+        state, adamw = sum(row.state_bytes for row in part), sum(row.adamw_bytes for row in part)
+        lines.append(
+            f"{rule or 'total':8} {sum(row.count for row in part)} parameters, {number:,} elements "
+            f"({_percent(number, elements)}), state {_bytes(state)} against {_bytes(adamw)} of AdamW "
+            f"({_percent(state, adamw)})"
+        )
+    if frozen:
+        lines.append(f"frozen   {len(frozen)} parameters, {sum(frozen):,} elements, left out")
+    return "\n".join(lines)
+
+
+def _pad(cell: str, width: int, align: str) -> str:
+    return f"{cell:{align}{width}}"
+
+
+def _bytes(number: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if number < 1024:
+            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
+        number /= 1024
+    return f"{number:.1f} TiB"
+
+
+def _percent(part: float, whole: float) -> str:
+    return f"{100 * part / whole:.1f} %" if whole else "-"

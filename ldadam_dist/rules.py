@@ -1,0 +1,95 @@
+"""Which parameters are low-rank matrices, and which of their sides is projected.
+
+Every answer follows from the **global** shape and the group's settings alone, never from the shard a process holds:
+ranks that disagree here would wait for each other forever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+
+PROJ_TYPES: tuple[str, ...] = ("std", "reverse_std", "left", "right")
+"""Accepted values of `proj_type`; see `projected_side`."""
+
+PROJ_METHODS: tuple[str, ...] = ("power_iteration", "svd", "svd_lowrank")
+"""Accepted values of `proj_method`: how the projector of the next step is found."""
+
+Side = Literal["left", "right"]
+"""The projected side of a matrix: "left" its rows, "right" its columns."""
+
+
+def projected_side(shape: Sequence[int], proj_type: str) -> Side:
+    """Side of a matrix that is projected.
+
+        "std"          the smaller dimension: rows when rows ≤ columns
+        "reverse_std"  the larger dimension:  rows when rows ≥ columns
+        "left"         the rows
+        "right"        the columns
+
+    Args:
+        shape: (rows, columns), the global shape.
+        proj_type: one of `PROJ_TYPES`.
+    Returns:
+        "left" when the rows are projected (projector of rows × r), "right" when the columns are (columns × r).
+    """
+    if len(shape) != 2:
+        raise ValueError(f"only a matrix has a projected side, found shape {tuple(shape)}. Give it to AdamW.")
+    rows, columns = shape
+    if proj_type == "std":
+        return "left" if rows <= columns else "right"
+    if proj_type == "reverse_std":
+        return "left" if rows >= columns else "right"
+    if proj_type == "left":
+        return "left"
+    if proj_type == "right":
+        return "right"
+    raise ValueError(f"proj_type={proj_type!r} is unknown. Choose one of {', '.join(map(repr, PROJ_TYPES))}.")
+
+
+def oriented_shape(shape: Sequence[int], proj_type: str) -> tuple[int, int]:
+    """(m, n) of a matrix: its projected and its kept dimension.
+
+    Args:
+        shape: (rows, columns), the global shape.
+        proj_type: one of `PROJ_TYPES`.
+    Returns:
+        (rows, columns) when the rows are projected, (columns, rows) otherwise.
+    """
+    rows, columns = shape
+    return (rows, columns) if projected_side(shape, proj_type) == "left" else (columns, rows)
+
+
+def is_low_rank(shape: Sequence[int], rank: int, enable_lowrank: bool = True) -> bool:
+    """Whether a parameter is stepped by LDAdam; every other one is stepped by AdamW.
+
+    A projection onto `rank` directions saves something only for a matrix that is larger than that in both dimensions.
+
+    Args:
+        shape: the global shape.
+        rank: r, the number of directions kept.
+        enable_lowrank: the group's switch.
+    """
+    return enable_lowrank and len(shape) == 2 and 0 < rank < min(shape)
+
+
+def compute_dtype(param_dtype: torch.dtype) -> torch.dtype:
+    """dtype of the mathematics, and of projector and moments: float64 for float64 parameters, else float32."""
+    return torch.float64 if param_dtype == torch.float64 else torch.float32
+
+
+def stored_error_dtype(param_dtype: torch.dtype, error_dtype: str | torch.dtype | None) -> torch.dtype:
+    """dtype in which the error is stored.
+
+    Args:
+        param_dtype: the parameter's.
+        error_dtype: the setting: a dtype or its name; None for the parameter's own, but float32 for float16, which
+            an accumulated error may overflow.
+    """
+    if error_dtype is None:
+        return torch.float32 if param_dtype == torch.float16 else param_dtype
+    dtype = getattr(torch, error_dtype) if isinstance(error_dtype, str) else error_dtype
+    assert isinstance(dtype, torch.dtype)
+    return dtype

@@ -1,0 +1,152 @@
+"""The LDAdam step (arXiv 2410.16103, algorithm 1): the only statement of the algorithm.
+
+It is written as a generator over the local block of a batch of equal matrices. It computes, and yields what must be
+exchanged with the other shards; `runtime` answers. With an unsharded layout every answer is the tensor itself.
+
+Legend (b matrices; a block is m_local × n_local of an oriented m×n matrix):
+
+    A  accumulated gradient G + E     U  projector, orthonormal columns     g  low-rank gradient U'ᵀA
+    E  error                          M  exp_avg, r×n                       R  rotation U'ᵀU
+    W  weight                         V  exp_avg_sq, r×n                    D  Adam's direction in the subspace
+    t  step, from 1                   b1, b2  bias corrections              k  β1 / (1 − β1)
+
+U, M and V come and go as the slices stored here (`layout.stored_rows`, `layout.stored_columns`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ldadam_dist.algebra import adam_direction, leading_directions, orthonormalize, rotate_second_moment, test_matrix
+from ldadam_dist.layout import MatrixLayout
+from ldadam_dist.requests import Exchange, Gather, OnOwner, ScatterSum, Sum
+
+
+@dataclass(frozen=True)
+class Hyper:
+    """Hyperparameters of one step, as in `LDAdamW`; `exact_init` asks for an SVD of the first gradient."""
+
+    lr: float
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+    rho: float
+    proj_method: str
+    error_feedback: bool
+    exact_init: bool
+
+
+@dataclass
+class Block:
+    """Local tensors of b matrices of equal layout, oriented, in the dtype of the computation.
+
+    Attributes:
+        accumulated: (b, m_local, n_local), A = G + E; overwritten by the new error if there is error feedback, else
+            only read.
+        weight: (b, m_local, n_local), or (b, m_local, n) where replicated; updated in place.
+        projector: (b, stored rows, r).
+        exp_avg, exp_avg_sq: (b, r, stored columns).
+    """
+
+    accumulated: Tensor
+    weight: Tensor
+    projector: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+
+
+def ldadam_step(block: Block, layout: MatrixLayout, hyper: Hyper, t: int) -> Exchange:
+    """One LDAdam step, from t = 1.
+
+    Args:
+        block: local tensors; `accumulated` and `weight` are updated in place.
+        layout: where the block lies.
+        hyper: hyperparameters.
+        t: number of this step; 1 chooses the first projector from A and ignores the old states.
+    Returns:
+        (projector, exp_avg, exp_avg_sq), the new slices to be stored.
+    """
+    A, M, V = block.accumulated, block.exp_avg, block.exp_avg_sq
+    (beta1, beta2), k = hyper.betas, hyper.betas[0] / (1 - hyper.betas[0])
+
+    if t == 1:
+        U_new = yield from first_projector(A, layout, hyper)
+        g = yield ScatterSum(layout.over_m, U_new.mT @ A)
+        M, V = (1 - beta1) * g, (1 - beta2) * g * g
+        lost = g  # what the error loses: U' times this
+    else:
+        b1, b2 = 1 - beta1 ** (t - 1), 1 - beta2 ** (t - 1)
+        U = yield Gather(layout.over_n, block.projector, -2, layout.m_local)
+        M_whole = yield Gather(layout.over_m, M, -1, layout.n_local)
+        U_new = yield from next_projector(A, U, M, M_whole, b1, layout, hyper)
+        g = yield ScatterSum(layout.over_m, U_new.mT @ A)
+        R = yield Sum(layout.over_m, U_new.mT @ U)
+        M_rotated = R @ M
+        V = rotate_second_moment(V, M, R, M_rotated, bias1=b1, bias2=b2)
+        M = (beta1 * M_rotated).add_(g, alpha=1 - beta1)
+        V = V.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+        lost = g.add(M_rotated, alpha=k)
+
+    if hyper.error_feedback:  # E = A + k U M − U'(g + k R M)
+        lost = yield Gather(layout.over_m, lost, -1, layout.n_local)
+        if t > 1:
+            A.baddbmm_(U, M_whole, alpha=k)
+        A.baddbmm_(U_new, lost, alpha=-1)
+
+    # W = (1 − lr·wd) W − lr U' D
+    D = adam_direction(M, V, bias1=1 - beta1**t, bias2=1 - beta2**t, eps=hyper.eps)
+    D = yield Gather(layout.over_m, D, -1, layout.n_local)
+    if layout.replicated:
+        D = yield Gather(layout.over_n, D, -1, layout.n)
+    block.weight.baddbmm_(U_new, D, beta=1 - hyper.lr * hyper.weight_decay, alpha=-hyper.lr)
+
+    return U_new[:, slice(*layout.stored_rows)], M, V
+
+
+def next_projector(
+    A: Tensor, U: Tensor, M: Tensor, M_whole: Tensor, b1: float, layout: MatrixLayout, hyper: Hyper
+) -> Exchange:
+    """The new projector from B = ρ U M/b1 + (1−ρ) A. Returns this process's rows of it, (b, m_local, r)."""
+    rho = hyper.rho
+    if hyper.proj_method == "power_iteration":
+        # Orthonormal basis of Y = B Bᵀ U = U ρ (M/b1) UtBᵀ + (1−ρ) A UtBᵀ, with UtB = UᵀB; B is never materialised.
+        UtA = yield ScatterSum(layout.over_m, U.mT @ A)
+        UtB = (rho / b1 * M).add_(UtA, alpha=1 - rho)
+        UtB = yield Gather(layout.over_m, UtB, -1, layout.n_local)
+        Y = torch.baddbmm(U @ (M_whole @ UtB.mT), A, UtB.mT, beta=rho / b1, alpha=1 - rho)
+        return (yield OnOwner(Y, "sum", orthonormalize, layout.rank))
+    B = torch.baddbmm(A, U, M_whole, beta=1 - rho, alpha=rho / b1)
+    if hyper.proj_method == "svd":
+        return (yield from exact_directions(B, layout))
+    return (yield from randomized_directions(B, layout, oversample=2, iterations=1))
+
+
+def first_projector(A: Tensor, layout: MatrixLayout, hyper: Hyper) -> Exchange:
+    """Leading left singular vectors of the first gradient. Returns this process's rows of them, (b, m_local, r)."""
+    if hyper.exact_init:
+        return (yield from exact_directions(A, layout))
+    return (yield from randomized_directions(A, layout, oversample=16, iterations=2))
+
+
+def exact_directions(A: Tensor, layout: MatrixLayout) -> Exchange:
+    """Leading left singular vectors of A, whole on its owner: m·n elements move."""
+    return (yield OnOwner(A, "columns", partial(leading_directions, rank=layout.rank), layout.rank))
+
+
+def randomized_directions(A: Tensor, layout: MatrixLayout, *, oversample: int, iterations: int) -> Exchange:
+    """Leading left singular vectors of A by randomised subspace iteration (Halko, Martinsson, Tropp 2011, alg. 4.4).
+
+    The test matrix is a function of global indices, so the result does not depend on the mesh. Each iteration
+    multiplies by A Aᵀ and orthonormalises; the left singular vectors of the last product A AᵀQ are the answer.
+    """
+    columns = min(layout.rank + oversample, layout.m, layout.n)
+    Q = A @ test_matrix(torch.arange(*layout.n_range, device=A.device), columns, A.dtype)
+    for _ in range(iterations):
+        Q = yield OnOwner(Q, "sum", orthonormalize, columns)
+        QtA = yield Sum(layout.over_m, Q.mT @ A)
+        Q = A @ QtA.mT
+    return (yield OnOwner(Q, "sum", partial(leading_directions, rank=layout.rank), layout.rank))

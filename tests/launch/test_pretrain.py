@@ -1,0 +1,147 @@
+"""The trainer itself: one and two ranks, both optimizers, logs, checkpoints."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from launch.compare import main as compare
+from launch.pretrain import main as pretrain
+from launch.runlog import Record, read_log
+
+STEPS = 10  # as in the tiny configuration; saved at 6 and 10
+PNG = b"\x89PNG"
+
+
+def values(records: list[Record], name: str) -> list[float]:
+    return [record[name] for record in records if record[name] is not None]
+
+
+def assert_same_curves(first: list[Record], second: list[Record], relative: float) -> None:
+    assert [record["step"] for record in first] == [record["step"] for record in second]
+    for name in ("loss", "val_loss", "grad_norm", "lr", "tokens"):
+        assert values(first, name) == pytest.approx(values(second, name), rel=relative), name
+
+
+@pytest.fixture(scope="module", params=["ldadamw", "adamw"])
+def optimizer(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def one_rank(optimizer: str, tiny_config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("one") / optimizer
+    assert pretrain(["--config", str(tiny_config), "--optimizer", optimizer, "--output_dir", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def two_ranks(
+    optimizer: str,
+    tiny_config: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    torchrun: Callable[..., None],
+    ranks: Callable[..., None],
+) -> Path:
+    folder = tmp_path_factory.mktemp("two") / optimizer
+    start = torchrun if optimizer == "ldadamw" else ranks
+    start(2, "--config", tiny_config, "--optimizer", optimizer, "--output_dir", folder)
+    return folder
+
+
+def test_loss_falls_and_everything_is_written(one_rank: Path, optimizer: str) -> None:
+    records = read_log(one_rank)
+    assert [record["step"] for record in records] == list(range(1, STEPS + 1))
+    assert records[-1]["loss"] < records[0]["loss"] - 1
+    assert [record["step"] for record in records if record["val_loss"] is not None] == [4, 8, STEPS]
+    assert records[-1]["val_loss"] < records[3]["val_loss"]
+    assert records[-1]["tokens"] == STEPS * 8 * 32
+    assert all(record["skipped_steps"] == 0 for record in records)
+    assert (one_rank / "curves.png").read_bytes().startswith(PNG)
+    assert list((one_rank / "tensorboard").iterdir())
+    assert f"optimizer: {optimizer}" in (one_rank / "config.yaml").read_text()
+    names = sorted(path.name for path in (one_rank / "checkpoints").iterdir())
+    assert names == ["step_000006", "step_000010"]
+
+
+def test_two_ranks_train_like_one(one_rank: Path, two_ranks: Path) -> None:
+    assert_same_curves(read_log(two_ranks), read_log(one_rank), relative=2e-5)
+
+
+@pytest.mark.parametrize("optimizer", ["ldadamw"], indirect=True)
+def test_ddp_with_accumulation_trains_like_one(
+    one_rank: Path, optimizer: str, tiny_config: Path, tmp_path: Path, ranks: Callable[..., None]
+) -> None:
+    options = ["--parallel", "ddp", "--micro_batch_size", "2", "--activation_checkpointing", "true"]
+    ranks(2, "--config", tiny_config, "--optimizer", optimizer, "--output_dir", tmp_path / "ddp", *options)
+    assert_same_curves(read_log(tmp_path / "ddp"), read_log(one_rank), relative=2e-5)
+
+
+def interrupted(run: Path, folder: Path) -> Path:
+    """A copy of a run as if it had been ended after its first checkpoint was followed by more steps."""
+    shutil.copytree(run, folder)
+    shutil.rmtree(folder / "checkpoints" / "step_000010")
+    lines = (folder / "log.jsonl").read_text().splitlines(keepends=True)
+    (folder / "log.jsonl").write_text("".join(lines[:8]))
+    return folder
+
+
+@pytest.mark.parametrize("optimizer", ["ldadamw"], indirect=True)
+def test_resumed_ranks_go_on_exactly(
+    two_ranks: Path, optimizer: str, tiny_config: Path, tmp_path: Path, ranks: Callable[..., None]
+) -> None:
+    folder = interrupted(two_ranks, tmp_path / "run")
+    ranks(2, "--config", tiny_config, "--optimizer", optimizer, "--output_dir", folder, "--resume", "latest")
+    assert_same_curves(read_log(folder), read_log(two_ranks), relative=0)
+
+
+def test_resumed_on_one_rank_goes_on_exactly(one_rank: Path, optimizer: str, tiny_config: Path, tmp_path: Path) -> None:
+    folder = interrupted(one_rank, tmp_path / "run")
+    checkpoint = folder / "checkpoints" / "step_000006"
+    assert pretrain(["--config", str(tiny_config), "--optimizer", optimizer, "--resume", str(checkpoint)]) == 0
+    assert_same_curves(read_log(folder), read_log(one_rank), relative=0)
+
+
+def test_checkpoint_of_two_ranks_goes_on_with_one(
+    two_ranks: Path, optimizer: str, tiny_config: Path, tmp_path: Path
+) -> None:
+    folder = interrupted(two_ranks, tmp_path / "run")
+    options = ["--config", str(tiny_config), "--optimizer", optimizer, "--output_dir", str(folder)]
+    assert pretrain([*options, "--resume", "latest"]) == 0
+    assert_same_curves(read_log(folder), read_log(two_ranks), relative=2e-5)
+
+
+def test_comparison(one_rank: Path, two_ranks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(two_ranks, other)
+    assert compare([str(one_rank), str(other), "--output", str(tmp_path / "both.png")]) == 0
+    table = capsys.readouterr().out
+    assert f"| {one_rank.name} | 10 |" in table
+    assert "| other | 10 |" in table
+    assert (tmp_path / "both.png").read_bytes().startswith(PNG)
+
+
+def test_runs_that_do_not_fit_are_refused(
+    one_rank: Path, optimizer: str, tiny_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--config", str(tiny_config), "--optimizer", optimizer]
+    checkpoint = str(one_rank / "checkpoints" / "step_000006")
+    refused = {
+        f"--output_dir {one_rank}": "holds a run",
+        f"--resume {checkpoint} --lr 0.5": "lr=0.5",
+        f"--resume {checkpoint} --steps 6": "nothing is left",
+        f"--resume {one_rank}": "trainer.json",
+        f"--resume latest --output_dir {tmp_path}": "no checkpoint",
+        f"--parallel fsdp --output_dir {tmp_path}": "torchrun",
+        f"--rank 4000 --optimizer ldadamw --output_dir {tmp_path}": "rank",
+    }
+    for arguments, named in refused.items():
+        assert pretrain([*options, *arguments.split()]) == 2, arguments
+        assert named in capsys.readouterr().err
+
+
+def test_divergence_is_named(tiny_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    huge = ["--optimizer", "adamw", "--lr", "1e30", "--lr_other", "1e30", "--clip", "0"]
+    assert pretrain(["--config", str(tiny_config), "--output_dir", str(tmp_path / "run"), *huge]) == 1
+    assert "expected a finite number" in capsys.readouterr().err

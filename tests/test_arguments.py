@@ -1,0 +1,169 @@
+"""Every refused input: a ValueError that says what was found, what was expected and what to do."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import models
+import pytest
+import torch
+from distributed import run_ranks
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+from ldadam_dist import LDAdamW
+
+
+def weight(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.randn(*(shape or (12, 20))))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr": -1.0}, r"lr=-1\.0: expected a number ≥ 0"),
+        ({"lr": float("nan")}, r"lr=nan"),
+        ({"lr": "fast"}, r"lr='fast'"),
+        ({"betas": (0.9, 1.0)}, r"betas\[1\]=1\.0: expected a number in \[0, 1\)"),
+        ({"betas": (-0.1, 0.9)}, r"betas\[0\]=-0\.1"),
+        ({"betas": (0.9,)}, r"expected two numbers"),
+        ({"betas": 0.9}, r"expected two numbers"),
+        ({"eps": -1e-8}, r"eps=-1e-08"),
+        ({"weight_decay": -0.1}, r"weight_decay=-0\.1"),
+        ({"rho": 1.0}, r"rho=1\.0: expected a number in \[0, 1\)"),
+        ({"rho": -0.1}, r"rho=-0\.1"),
+        ({"rank": 0}, r"rank=0: expected a positive integer"),
+        ({"rank": 2.5}, r"rank=2\.5: expected a positive integer"),
+        ({"rank": True}, r"rank=True"),
+        ({"proj_type": "lefty"}, r"proj_type='lefty': expected one of .*Did you mean 'left'\?"),
+        ({"proj_type": "full"}, r"proj_type='full': expected one of 'std'"),
+        ({"proj_method": "qr"}, r"proj_method='qr': expected one of 'power_iteration'"),
+        ({"projector_init": "random"}, r"projector_init='random'.*Did you mean 'randomized'"),
+        ({"error_feedback": 1}, r"error_feedback=1: expected True or False"),
+        ({"error_dtype": "int8"}, r"error_dtype='int8': expected one of"),
+        ({"error_dtype": torch.int64}, r"error_dtype='int64': expected one of"),
+        ({"update_proj_gap": 200}, r"'update_proj_gap' is an argument of GaLore.*every step"),
+        ({"scale": 0.25}, r"'scale' is an argument of GaLore"),
+    ],
+    ids=str,
+)
+def test_constructor_and_group_refuse(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LDAdamW([weight()], **{"rank": 4, **options})
+    with pytest.raises(ValueError, match=message):
+        LDAdamW([{"params": [weight()], "rank": 4, **options}])
+
+
+def test_unknown_keyword_is_a_type_error() -> None:
+    with pytest.raises(TypeError, match="'amsgrad'"):
+        LDAdamW([weight()], amsgrad=True)
+
+
+def test_misspelt_group_key() -> None:
+    with pytest.raises(ValueError, match=r"unknown key 'weight_decai'.*did you mean 'weight_decay'"):
+        LDAdamW([{"params": [weight()], "weight_decai": 0.1}])
+
+
+def test_rank_larger_than_the_matrix_allows() -> None:
+    groups = [{"params": [("down_proj", weight(8, 64))], "enable_lowrank": True, "rank": 8}]
+    with pytest.raises(ValueError, match=r"rank=8 does not fit parameter down_proj of shape \(8, 64\).*Lower rank"):
+        LDAdamW(groups)
+
+
+def test_matrix_not_larger_than_its_rank_gets_adamw() -> None:
+    small, large = weight(8, 64), weight(9, 64)
+    optimizer = LDAdamW([small, large], rank=8)
+    for p in (small, large):
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    assert "projector" not in optimizer.state[small]
+    assert "projector" in optimizer.state[large]
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ([weight(7)], r"would project nothing: none of its 1 parameters is a matrix"),
+        ([("head", weight(8, 64))], r"largest matrix is head of shape \(8, 64\), in a group with rank=16"),
+        ([{"params": [weight(64, 64)], "enable_lowrank": False}], r"enable_lowrank=False"),
+    ],
+)
+def test_nothing_to_project(params: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LDAdamW(params)
+
+
+def test_refused_group_leaves_the_optimizer_as_it_was() -> None:
+    optimizer = LDAdamW([weight()], rank=4)
+    with pytest.raises(ValueError, match="rho"):
+        optimizer.add_param_group({"params": [weight()], "rho": 2.0})
+    assert len(optimizer.param_groups) == 1
+
+
+def test_complex_and_integer_parameters() -> None:
+    with pytest.raises(ValueError, match=r"dtype torch\.complex64: expected a real floating dtype"):
+        LDAdamW([weight(), nn.Parameter(torch.randn(12, 20, dtype=torch.complex64))])
+    with pytest.raises(ValueError, match=r"dtype torch\.int64"):
+        LDAdamW([weight(), nn.Parameter(torch.ones(3, dtype=torch.int64), requires_grad=False)])
+
+
+def test_sparse_gradient_changes_nothing() -> None:
+    embedding, linear = nn.Embedding(9, 6, sparse=True), nn.Linear(6, 8)
+    optimizer = LDAdamW([*embedding.named_parameters(), *linear.named_parameters()], rank=2)
+    before = linear.weight.detach().clone()
+    linear(embedding(torch.tensor([1, 2]))).sum().backward()
+    with pytest.raises(ValueError, match=r"gradient of parameter weight has layout torch\.sparse_coo"):
+        optimizer.step()
+    assert torch.equal(linear.weight, before)
+    assert not optimizer.state
+
+
+def refuse_layouts() -> list[str]:
+    def message(build: Any) -> str:
+        with pytest.raises(ValueError) as caught:
+            LDAdamW(list(build().named_parameters()), rank=2)
+        return str(caught.value)
+
+    cpu = torch.device("cpu")
+    flat = message(lambda: FullyShardedDataParallel(models.odd_net(torch.float32), device_id=cpu))
+    views = message(
+        lambda: FullyShardedDataParallel(models.odd_net(torch.float32), device_id=cpu, use_orig_params=True)
+    )
+    mesh = torch.distributed.init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "tp"))
+
+    def two_dimensions() -> nn.Module:
+        model = nn.Sequential(nn.Linear(8, 8))
+        parallelize_module(model, mesh["tp"], {"0": ColwiseParallel()})
+        return fully_shard(model, mesh=mesh["dp"])
+
+    return [flat, views, message(two_dimensions)]
+
+
+def test_unsupported_layouts() -> None:
+    for flat, views, two_dimensions in run_ranks(2, refuse_layouts):
+        for text in (flat, views):
+            assert re.search(r"FullyShardedDataParallel \(FSDP1\).*fully_shard", text)
+        assert re.search(r"mesh of 2 dimensions \(1, 2\).*one dimension is supported", text := two_dimensions), text
+
+
+def test_state_of_other_settings_is_refused_and_nothing_loaded() -> None:
+    def trained(**options: Any) -> tuple[nn.Parameter, LDAdamW]:
+        param = weight(*options.pop("shape", (12, 20)))
+        optimizer = LDAdamW([param], **{"rank": 4, **options})
+        param.grad = torch.randn_like(param)
+        optimizer.step()
+        return param, optimizer
+
+    param, optimizer = trained()
+    before = optimizer.state[param]["projector"].clone()
+    for other, message in (
+        ({"rank": 5}, "saved with rank=5, this optimizer has rank=4"),
+        ({"proj_type": "right"}, "saved with proj_type='right'"),
+        ({"shape": (12, 24)}, r"'exp_avg' of parameter #0 of group 0 of shape \(12, 20\) is \(4, 24\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            optimizer.load_state_dict(trained(**other)[1].state_dict())
+        assert torch.equal(optimizer.state[param]["projector"], before)
+        assert optimizer.param_groups[0]["rank"] == 4

@@ -1,0 +1,132 @@
+"""The step on any cut of a matrix equals the oracle on the whole matrix, after every step."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from lockstep import Lockstep
+from reference import Reference
+from torch import Tensor
+
+from ldadam_dist.step import Hyper
+
+STEPS = 22
+
+CUTS = {
+    "whole": ((12, 20), (1, 1)),
+    "rows": ((12, 20), (3, 1)),
+    "columns": ((12, 20), (1, 4)),
+    "both": ((12, 20), (2, 2)),
+    "uneven": ((13, 19), (3, 2)),  # 5, 5, 3 rows; 10, 9 columns
+    "tall": ((20, 12), (2, 3)),  # more rows than columns: the larger dimension is projected
+    "empty rows": ((5, 14), (4, 1)),  # 2, 2, 1, 0 rows
+    "empty columns": ((14, 5), (1, 4)),  # 2, 2, 1, 0 columns
+    "empty both": ((5, 5), (4, 4)),  # most shards hold a single entry or none
+    "one row each": ((6, 9), (6, 1)),  # 1×n pieces
+    "one column each": ((9, 6), (1, 6)),  # m×1 pieces
+}
+
+
+def hyper(**changes: object) -> Hyper:
+    settings = {
+        "lr": 1e-2,
+        "betas": (0.908, 0.99),
+        "eps": 1e-8,
+        "weight_decay": 0.1,
+        "rho": 0.908,
+        "proj_method": "power_iteration",
+        "error_feedback": True,
+        "exact_init": True,
+    }
+    return Hyper(**{**settings, **changes})  # type: ignore[arg-type]
+
+
+def gradients(shape: tuple[int, ...]) -> list[Tensor]:
+    """Gradients whose spectrum falls by about an order of magnitude, as real ones do."""
+    generator = torch.Generator().manual_seed(7)
+    scale = torch.logspace(0, -1, shape[-1], dtype=torch.float64)
+    return [torch.randn(shape, dtype=torch.float64, generator=generator) * scale for _ in range(STEPS)]
+
+
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"error_feedback": False}, {"proj_method": "svd"}, {"rho": 0.3, "betas": (0.5, 0.9)}, {"betas": (0.0, 0.95)}],
+    ids=str,
+)
+def test_any_cut_equals_the_oracle(cut: str, changes: dict[str, object]) -> None:
+    (m, n), cuts = CUTS[cut]
+    settings = hyper(**changes)
+    grads = gradients((2, m, n))
+    weight = torch.randn(2, m, n, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    sharded = Lockstep(weight, 3, cuts)
+    oracles = [
+        Reference(
+            w,
+            3,
+            left=True,
+            lr=settings.lr,
+            betas=settings.betas,
+            weight_decay=settings.weight_decay,
+            rho=settings.rho,
+            proj_method=settings.proj_method,
+            error_feedback=settings.error_feedback,
+        )
+        for w in weight
+    ]
+    for grad in grads:
+        sharded.step(grad, settings)
+        for oracle, g in zip(oracles, grad, strict=True):
+            oracle.step(g)
+        torch.testing.assert_close(
+            sharded.whole(sharded.weights), torch.stack([o.weight for o in oracles]), rtol=0, atol=1e-10
+        )
+        torch.testing.assert_close(
+            sharded.whole(sharded.errors), torch.stack([o.error for o in oracles]), rtol=0, atol=1e-10
+        )
+
+
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize(
+    "changes", [{"exact_init": False}, {"proj_method": "svd_lowrank", "exact_init": False}], ids=str
+)
+def test_randomised_projectors_do_not_depend_on_the_cut(cut: str, changes: dict[str, object]) -> None:
+    (m, n), cuts = CUTS[cut]
+    weight = torch.randn(2, m, n, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    sharded, whole = Lockstep(weight, 3, cuts), Lockstep(weight, 3, (1, 1))
+    for grad in gradients((2, m, n)):
+        sharded.step(grad, hyper(**changes))
+        whole.step(grad, hyper(**changes))
+        torch.testing.assert_close(sharded.whole(sharded.weights), whole.whole(whole.weights), rtol=0, atol=1e-10)
+        torch.testing.assert_close(sharded.whole(sharded.errors), whole.whole(whole.errors), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("replicas", [2, 3, 4])
+def test_replicas_step_slices_and_share_the_update(replicas: int) -> None:
+    weight = torch.randn(2, 9, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    split, whole = Lockstep(weight, 3, (1, replicas), replicated=True), Lockstep(weight, 3, (1, 1))
+    for grad in gradients((2, 9, 6)):
+        split.step(grad, hyper())
+        whole.step(grad, hyper())
+        for replica in split.weights.values():  # every replica ends with the whole weight
+            torch.testing.assert_close(replica, whole.whole(whole.weights), rtol=0, atol=1e-10)
+        torch.testing.assert_close(split.whole(split.errors), whole.whole(whole.errors), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("cut", ["uneven", "empty rows", "empty columns"])
+def test_rank_deficient_gradients_do_not_depend_on_the_cut(cut: str) -> None:
+    """One direction in the gradient, three in the projector: the other two are not rounding noise of this mesh.
+
+    The gradient has rounding noise along them, which Adam divides by eps = 1e-8 at first: hence the small lr.
+    """
+    (m, n), cuts = CUTS[cut]
+    weight = torch.zeros(1, m, n, dtype=torch.float64)
+    sharded, whole = Lockstep(weight, 3, cuts), Lockstep(weight, 3, (1, 1))
+    generator = torch.Generator().manual_seed(11)
+    for _ in range(STEPS):
+        column, row = (torch.randn(1, k, 1, dtype=torch.float64, generator=generator) for k in (m, n))
+        sharded.step(column @ row.mT, hyper(lr=1e-3))
+        whole.step(column @ row.mT, hyper(lr=1e-3))
+        torch.testing.assert_close(sharded.whole(sharded.weights), whole.whole(whole.weights), rtol=0, atol=1e-10)
+        projector = whole.states[0, 0][0][0]
+        torch.testing.assert_close(projector.mT @ projector, torch.eye(3, dtype=torch.float64), rtol=0, atol=1e-12)
