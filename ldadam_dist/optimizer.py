@@ -230,8 +230,13 @@ class LDAdamW(Optimizer):
                 status[i] = _ZERO
                 if grad.numel():
                     present.setdefault(grad.device, []).append((i, grad))
-        for found in present.values():
-            largest = torch.stack([n.double() for n in torch._foreach_norm([g for _, g in found], float("inf"))]).cpu()
+        for device, found in present.items():
+            grads = [grad for _, grad in found]
+            if device.type == "cpu":  # the infinity norm is not vectorised there: 40 ms against 3 for 60M Llama's
+                norms = [torch.maximum(high, -low) for low, high in map(torch.aminmax, grads)]
+            else:
+                norms = list(torch._foreach_norm(grads, float("inf")))
+            largest = torch.stack([norm.double() for norm in norms]).cpu()
             status[[i for i, _ in found]] = torch.where(
                 largest.isfinite(), (largest > 0).int() * _NONZERO, _NONFINITE
             ).int()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import sys
 import tempfile
 import time
 import traceback
@@ -19,7 +20,10 @@ HANG_LIMIT = 150.0
 """Seconds after which ranks that are still running are killed and the test fails."""
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch.distributed.fsdp", "torch.distributed.checkpoint", "models", "ldadam_dist"])
+# Imported once, so that a rank starts in a moment; what is not installed is passed over.
+_context.set_forkserver_preload(
+    ["torch.distributed.fsdp", "torch.distributed.checkpoint", "models", "ldadam_dist", "launch.trainer"]
+)
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout: float = HANG_LIMIT) -> list[Any]:
@@ -34,33 +38,47 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout
         AssertionError: a rank raised (with its traceback), died or hung.
     """
     with tempfile.TemporaryDirectory() as folder:
-        processes = [
-            _context.Process(target=_rank, args=(rank, world_size, folder, timeout, function, args), daemon=True)
-            for rank in range(world_size)
-        ]
-        for process in processes:
-            process.start()
-        deadline = time.monotonic() + timeout
-        try:
-            while any(p.is_alive() for p in processes) and time.monotonic() < deadline:
-                if any(p.exitcode not in (None, 0) for p in processes):
-                    time.sleep(1.0)  # let the others tell their side
-                    break
-                time.sleep(0.02)
-            alive = [rank for rank, p in enumerate(processes) if p.is_alive()]
-        finally:
-            for process in processes:
-                process.kill()
-                process.join()
+        codes = _run(world_size, _rank, (folder, timeout, function, args), timeout)
         errors = "\n".join(path.read_text() for path in sorted(Path(folder).glob("error-*")))
         assert not errors, errors
-        assert not alive, f"ranks {alive} were still running after {timeout:.0f} s"
+        assert codes == [0] * world_size, f"exit codes of the ranks (None: running after {timeout:.0f} s): {codes}"
         return [torch.load(Path(folder) / f"result-{rank}", weights_only=False) for rank in range(world_size)]
+
+
+def run_like_torchrun(world_size: int, main: Callable[[list[str]], int], arguments: list[str]) -> None:
+    """Call a program's `main(arguments)` on every rank with the environment that torchrun gives, only sooner.
+
+    Raises:
+        AssertionError: a rank did not return 0 or hung.
+    """
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    codes = _run(world_size, _torchrun_rank, (store.port, main, arguments), HANG_LIMIT)
+    assert codes == [0] * world_size, f"exit codes of the ranks (None: still running): {codes}"
+
+
+def _run(world_size: int, target: Callable[..., None], args: tuple[Any, ...], timeout: float) -> list[int | None]:
+    """Exit codes of the ranks; None for those that had to be killed. No process outlives the call."""
+    processes = [
+        _context.Process(target=target, args=(rank, world_size, *args), daemon=True) for rank in range(world_size)
+    ]
+    for process in processes:
+        process.start()
+    deadline = time.monotonic() + timeout
+    try:
+        while any(p.is_alive() for p in processes) and time.monotonic() < deadline:
+            if any(p.exitcode not in (None, 0) for p in processes):
+                time.sleep(1.0)  # let the others tell their side
+                break
+            time.sleep(0.02)
+        return [p.exitcode for p in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
 
 
 def _rank(rank: int, world_size: int, folder: str, timeout: float, function: Callable[..., Any], args: Any) -> None:
     torch.set_num_threads(1)
-    os.environ["RANK"], os.environ["WORLD_SIZE"], os.environ["LOCAL_RANK"] = str(rank), str(world_size), str(rank)
     store = dist.FileStore(f"{folder}/store", world_size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout))
     try:
@@ -70,3 +88,13 @@ def _rank(rank: int, world_size: int, folder: str, timeout: float, function: Cal
         Path(f"{folder}/error-{rank}").write_text(f"rank {rank}:\n{traceback.format_exc()}")
         os._exit(1)  # the others may never come to a collective shutdown
     dist.destroy_process_group()
+
+
+def _torchrun_rank(
+    rank: int, world_size: int, port: int, main: Callable[[list[str]], int], arguments: list[str]
+) -> None:
+    local = {"LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": world_size}
+    joined = {"RANK": rank, "WORLD_SIZE": world_size, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in {**local, **joined}.items()})
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # the store is the caller's
+    sys.exit(main(arguments))

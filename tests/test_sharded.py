@@ -23,13 +23,19 @@ from ldadam_dist import LDAdamW
 
 STEPS = 20
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
+ERROR_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
+"""The error sums up, undamped, 1/(1−β1) ≈ 11 times what each step rounds. In float32 one process differs from itself by
+up to 5e-5 after 20 steps if its gradients are disturbed by half a unit of rounding, as another order of summation does.
+"""
 BUILD = {
     "llama": (models.tiny_llama, models.llama_loss, models.llama_tokens, 4),
     "odd": (models.odd_net, models.odd_loss, models.odd_inputs, 2),
 }
 
 Settings = tuple[tuple[str, Any], ...]
-History = list[dict[str, Tensor]]
+Parts = dict[str, tuple[Tensor, int | None]]
+"""One rank's part of each weight and state, with the dimension that is cut; None where it is whole."""
+History = list[Parts]
 
 
 @dataclass(frozen=True)
@@ -64,7 +70,7 @@ def cases(world_size: int) -> list[Case]:
 
 
 def train(case: Case, single: bool) -> History:
-    """Train and return all weights and errors after every step, whole."""
+    """Train and return this rank's part of all weights and states after every step."""
     build, loss_of, data, rank = BUILD[case.model]
     module = model = build(case.dtype)
     options: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.1, "rank": rank, **dict(case.settings)}
@@ -84,11 +90,10 @@ def train(case: Case, single: bool) -> History:
         optimizer.zero_grad()
         loss_of(model, batch).backward()
         optimizer.step()
-        weights = {name: whole(p) for name, p in module.named_parameters()}
-        errors = {name: optimizer.state[p].get("error") for name, p in module.named_parameters()}
-        history.append(weights | {f"error of {k}": whole(e) for k, e in errors.items() if e is not None})
-        if not single and case.layout != "ddp":
-            check_partition(module, optimizer)
+        found = {name: local(p) for name, p in module.named_parameters()}
+        for name, p in module.named_parameters():
+            found |= {f"{key} of {name}": local(t) for key, t in optimizer.state[p].items() if key != "step"}
+        history.append(found)
     return history
 
 
@@ -100,20 +105,12 @@ def shard(model: nn.Module, cut: int) -> None:
     fully_shard(model, shard_placement_fn=placement)
 
 
-def whole(tensor: Tensor) -> Tensor:
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
-
-
-def check_partition(model: nn.Module, optimizer: LDAdamW) -> None:
-    """Between steps no rank holds a whole projector, moment or error, and together they hold each element once."""
-    for p in model.parameters():
-        state = optimizer.state[p]
-        for key in state.keys() - {"step"} if "projector" in state else ():
-            assert isinstance(state[key], DTensor)
-            held = torch.tensor(state[key].to_local().numel())
-            assert held < state[key].numel(), key
-            dist.all_reduce(held)
-            assert held == state[key].numel(), key
+def local(tensor: Tensor) -> tuple[Tensor, int | None]:
+    """This rank's part, and the dimension that is cut; gathering it here would cost more than the training."""
+    if not isinstance(tensor, DTensor):
+        return tensor.detach().clone(), None
+    (placement,) = tensor.placements
+    return tensor.to_local().detach().clone(), placement.dim
 
 
 def train_all(world_size: int) -> dict[str, History]:
@@ -125,22 +122,55 @@ def in_one_process(model: str, settings: Settings, dtype: torch.dtype) -> Histor
     return train(Case(model, "", settings, dtype), single=True)
 
 
-@pytest.fixture(scope="module")
-def sharded(request: pytest.FixtureRequest) -> list[dict[str, History]]:
-    """What each rank of a world of `request.param` saw."""
-    return run_ranks(request.param, train_all, request.param)
+_worlds: dict[int, list[dict[str, History]] | AssertionError] = {}
+
+
+def sharded(world_size: int) -> list[dict[str, History]]:
+    """What each rank saw; run once, and if that failed, not again for every case."""
+    if world_size not in _worlds:
+        try:
+            _worlds[world_size] = run_ranks(world_size, train_all, world_size, timeout=400)
+        except AssertionError as error:
+            _worlds[world_size] = error
+    found = _worlds[world_size]
+    if isinstance(found, AssertionError):
+        raise found
+    return found
 
 
 @pytest.mark.parametrize(
-    ("sharded", "case"),
-    [pytest.param(w, c, id=f"{w}-{c}") for w in (2, 3, 4) for c in cases(w)],
-    indirect=["sharded"],
+    ("world_size", "case"), [pytest.param(w, c, id=f"{w}-{c}") for w in (2, 3, 4) for c in cases(w)]
 )
-def test_equals_one_process_after_every_step(sharded: list[dict[str, History]], case: Case) -> None:
+def test_equals_one_process_after_every_step(world_size: int, case: Case) -> None:
     expected = in_one_process(case.model, case.settings, case.dtype)
-    for rank, histories in enumerate(sharded):
-        for step, (found, single) in enumerate(zip(histories[str(case)], expected, strict=True), start=1):
-            assert found.keys() == single.keys()
-            for name, tensor in single.items():
-                difference = ((found[name] - tensor).abs().max() / tensor.abs().max().clamp(min=1e-3)).item()
-                assert difference <= TOLERANCE[case.dtype], f"rank {rank}, step {step}, {name}: {difference:.1e}"
+    ranks = [histories[str(case)] for histories in sharded(world_size)]
+    for step, (single, *parts) in enumerate(zip(expected, *ranks, strict=True), start=1):
+        assert all(part.keys() == single.keys() for part in parts)
+        for name, (tensor, _) in single.items():
+            if name.startswith(("projector of", "exp_avg of", "exp_avg_sq of")):
+                continue  # the sign of a direction is free
+            dim, tolerance = parts[0][name][1], (ERROR_TOLERANCE if name.startswith("error") else TOLERANCE)[case.dtype]
+            pieces = [part[name][0] for part in parts]
+            for found in pieces if dim is None else [torch.cat(pieces, dim)]:
+                difference = ((found - tensor).abs().max() / tensor.abs().max().clamp(min=1e-3)).item()
+                assert difference <= tolerance, f"step {step}, {name}: {difference:.1e}"
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_states_are_partitioned(world_size: int) -> None:
+    """No rank holds a whole projector, moment or error, and together they hold each element once."""
+    ranks = sharded(world_size)
+    for case in cases(world_size):
+        name, expected = str(case), in_one_process(case.model, case.settings, case.dtype)
+        matrices = [key.removeprefix("projector of ") for key in expected[-1] if key.startswith("projector of ")]
+        assert len(matrices) >= 4
+        for key in (f"{state} of {m}" for state in ("projector", "exp_avg", "exp_avg_sq", "error") for m in matrices):
+            if key not in expected[-1]:  # no error feedback
+                continue
+            held = [histories[name][-1][key][0].numel() for histories in ranks]
+            whole = expected[-1][key][0].numel()
+            if case.layout == "ddp":
+                assert held == [whole] * len(held)
+            else:
+                assert sum(held) == whole
+                assert max(held) < whole

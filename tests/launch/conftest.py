@@ -1,25 +1,23 @@
 """A tiny corpus, a tiny Llama, and a way to run the trainer on several ranks with a hang limit."""
 
 import json
-import multiprocessing
 import os
 import random
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 import yaml
+from distributed import run_like_torchrun
+
+from launch.pretrain import main
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 HANG_LIMIT = 240  # seconds; a run takes about ten
-
-sys.path.insert(0, str(REPOSITORY))  # launch/ is not installed
 
 
 @pytest.fixture(autouse=True)
@@ -78,7 +76,8 @@ def torchrun() -> Callable[..., None]:
 
 @pytest.fixture(scope="session")
 def ranks() -> Callable[..., None]:
-    return run_ranks
+    """launch/pretrain.py on several ranks, without torchrun's own start."""
+    return lambda size, *arguments: run_like_torchrun(size, main, [str(argument) for argument in arguments])
 
 
 def run_torchrun(size: int, *arguments: object) -> None:
@@ -101,39 +100,3 @@ def run_torchrun(size: int, *arguments: object) -> None:
                 process.kill()
                 process.wait()
     assert process.returncode == 0, output
-
-
-def run_ranks(size: int, *arguments: object) -> None:
-    """The same with processes forked from one that has imported torch, so that it takes two seconds."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed.fsdp", "transformers", "launch.trainer"])
-    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    processes = [
-        context.Process(target=_rank, args=(rank, size, store.port, list(map(str, arguments))), daemon=True)
-        for rank in range(size)
-    ]
-    for process in processes:
-        process.start()
-    deadline = time.monotonic() + HANG_LIMIT
-    try:
-        while any(process.is_alive() for process in processes) and time.monotonic() < deadline:
-            if any(process.exitcode not in (None, 0) for process in processes):
-                break
-            time.sleep(0.05)
-    finally:
-        codes = [process.exitcode for process in processes]
-        for process in processes:
-            process.kill()
-            process.join()
-    assert codes == [0] * size, f"exit codes of the ranks (None: still running): {codes}"
-
-
-def _rank(rank: int, size: int, port: int, arguments: list[str]) -> None:
-    """What torchrun sets, then the program."""
-    from launch.pretrain import main
-
-    local = {"LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size}
-    joined = {"RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in {**local, **joined}.items()})
-    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # the store is the test's
-    sys.exit(main(arguments))
