@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from types import SimpleNamespace
 from typing import Any
 
 import models
@@ -11,9 +12,11 @@ import torch
 from distributed import run_ranks
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 from ldadam_dist import LDAdamW
+from ldadam_dist.adapters import MeshAdapter
 
 
 def weight(*shape: int) -> nn.Parameter:
@@ -146,6 +149,14 @@ def test_unsupported_layouts() -> None:
         for text in (flat, views):
             assert re.search(r"FullyShardedDataParallel \(FSDP1\).*fully_shard", text)
         assert re.search(r"mesh of 2 dimensions \(1, 2\).*one dimension is supported", text := two_dimensions), text
+
+
+def test_offloaded_weights() -> None:
+    """A mesh of GPUs with weights on the CPU; described only, as there may be no GPU here."""
+    mesh = SimpleNamespace(ndim=1, device_type="cuda")
+    param = SimpleNamespace(device_mesh=mesh, placements=(Shard(0),), device=torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"down_proj is stored on cpu and its mesh is on cuda.*CPUOffloadPolicy"):
+        MeshAdapter.of_dtensor(param, "down_proj")  # type: ignore[arg-type]
 
 
 def test_state_of_other_settings_is_refused_and_nothing_loaded() -> None:

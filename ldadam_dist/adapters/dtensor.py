@@ -37,7 +37,7 @@ class MeshAdapter:
         """The adapter of a DTensor parameter.
 
         Raises:
-            ValueError: a mesh of several dimensions, or a placement other than Shard and Replicate.
+            ValueError: a mesh of several dimensions, a placement other than Shard and Replicate, or offloaded weights.
         """
         mesh, placements = param.device_mesh, param.placements
         if mesh.ndim != 1:
@@ -51,6 +51,11 @@ class MeshAdapter:
             raise ValueError(
                 f"parameter {name} has placement {placement}; Shard(dim) and Replicate() are supported. "
                 f"Redistribute the parameter before it is given to the optimizer."
+            )
+        if param.device.type not in (mesh.device_type, "meta"):
+            raise ValueError(
+                f"parameter {name} is stored on {param.device.type} and its mesh is on {mesh.device_type}: expected "
+                f"one device for both. CPU offload is not supported; use fully_shard without CPUOffloadPolicy."
             )
         return cls(mesh, placement.dim if isinstance(placement, Shard) else None)
 
