@@ -75,6 +75,11 @@ class MatrixLayout:
         object.__setattr__(self, "n_range", self.over_n.bounds(self.n))
 
     @property
+    def whole(self) -> bool:
+        """Whether nobody shares the matrix."""
+        return self.over_m.count == self.over_n.count == 1
+
+    @property
     def m_local(self) -> int:
         """Rows of the block stepped here."""
         return self.m_range[1] - self.m_range[0]

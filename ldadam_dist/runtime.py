@@ -46,7 +46,10 @@ class Job:
 
 
 def run(jobs: Iterable[Job], window: int = WINDOW_ELEMENTS) -> None:
-    """Run all jobs, at most `window` local elements (and at least one job) at a time."""
+    """Run all jobs, at most `window` local elements (and at least one job) at a time.
+
+    A job that asks nobody runs by itself: its matrix is then still in the cache from one product to the next.
+    """
     for together in _windows(jobs, window):
         exchanges = [job.start() for job in together]
         answers: dict[int, Tensor | None] = dict.fromkeys(range(len(together)))
@@ -64,6 +67,9 @@ def _windows(jobs: Iterable[Job], window: int) -> Iterator[list[Job]]:
     together: list[Job] = []
     elements = 0
     for job in jobs:
+        if job.layout.whole:
+            yield [job]
+            continue
         if together and elements + job.elements > window:
             yield together
             together, elements = [], 0
