@@ -21,7 +21,7 @@ def orthonormalize(matrix: Tensor) -> Tensor:
     Returns:
         (b, m, r), QᵀQ = I; unique up to the sign of each column.
     """
-    largest = torch.linalg.vector_norm(matrix, dim=-2).amax(dim=-1)[:, None, None]
+    largest = matrix.abs().amax(dim=(-2, -1), keepdim=True)  # a norm would square what is quadratic in the gradient
     matrix = matrix / torch.where(largest > 0, largest, 1.0)
     basis: Tensor
     basis, triangle = torch.linalg.qr(matrix)

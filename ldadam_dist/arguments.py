@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -31,6 +32,15 @@ _FOREIGN = {
 }
 
 
+_TORCH_OPTIONS = ("maximize", "amsgrad", "foreach", "fused", "capturable", "differentiable")
+_ALIASES = {
+    "projection_type": "proj_type",
+    "type": "proj_type",
+    "lowrank": "enable_lowrank",
+    "low_rank": "enable_lowrank",
+}
+
+
 def refuse_foreign(keys: Sequence[str]) -> None:
     """Raise ValueError for arguments of GaLore or APOLLO, with a hint how LDAdam differs."""
     for key in keys:
@@ -41,9 +51,11 @@ def refuse_foreign(keys: Sequence[str]) -> None:
 def check_group(group: Mapping[str, Any]) -> None:
     """Raise ValueError for a hyperparameter of a complete parameter group that is out of its range."""
     refuse_foreign(list(group))
-    for key in group:
-        near = difflib.get_close_matches(key, GROUP_KEYS, n=1, cutoff=0.8)
-        if key not in GROUP_KEYS and near and near[0] not in ("params", "param_names"):
+    for key in group.keys() - set(GROUP_KEYS):  # any other key is the user's own, as in torch
+        if key in _TORCH_OPTIONS and group[key]:
+            raise ValueError(f"{key}={group[key]!r} in a parameter group: LDAdamW has no such option. Remove it.")
+        near = [_ALIASES[key]] if key in _ALIASES else difflib.get_close_matches(key, GROUP_KEYS, n=1, cutoff=0.8)
+        if near and near[0] not in ("params", "param_names") and not key.startswith(f"{near[0]}_"):
             raise ValueError(f"unknown key {key!r} in a parameter group; did you mean {near[0]!r}?")
     for key in ("lr", "eps", "weight_decay"):
         _check_number(key, group[key], 0.0, math.inf)
@@ -54,7 +66,7 @@ def check_group(group: Mapping[str, Any]) -> None:
         _check_number(f"betas[{i}]", beta, 0.0, 1.0)
     _check_number("rho", group["rho"], 0.0, 1.0)
     rank = group["rank"]
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+    if isinstance(rank, bool) or not isinstance(rank, Integral) or rank < 1:
         raise ValueError(f"rank={rank!r}: expected a positive integer, the number of directions kept of each matrix.")
     _check_choice("proj_type", group["proj_type"], PROJ_TYPES)
     _check_choice("proj_method", group["proj_method"], PROJ_METHODS)
@@ -80,11 +92,9 @@ def check_params(named: Sequence[tuple[str, Tensor]], group: Mapping[str, Any], 
                 f"parameter {name} is a flat parameter of FullyShardedDataParallel (FSDP1), which cuts matrices into "
                 f"1-D pieces. Shard the model with torch.distributed.fsdp.fully_shard (FSDP2) instead."
             )
-        if param.is_complex():
+        if param.is_complex() and param.requires_grad:
             raise ValueError(f"parameter {name} has dtype {param.dtype}: expected a real floating dtype.")
-        if not param.is_floating_point():
-            raise ValueError(f"parameter {name} has dtype {param.dtype}: expected a floating dtype. Freeze it.")
-        if low_rank_required and param.ndim == 2 and group["rank"] >= min(param.shape):
+        if low_rank_required and param.requires_grad and param.ndim == 2 and group["rank"] >= min(param.shape):
             raise ValueError(
                 f"rank={group['rank']} does not fit parameter {name} of shape {tuple(param.shape)}: a projection "
                 f"keeps fewer than min(shape) = {min(param.shape)} directions. "
@@ -93,11 +103,27 @@ def check_params(named: Sequence[tuple[str, Tensor]], group: Mapping[str, Any], 
 
 
 def check_grad(name: str, param: Tensor) -> None:
-    """Raise ValueError for a gradient that cannot be used."""
+    """Raise ValueError for a parameter or a gradient that cannot be used."""
+    if param.is_meta:
+        raise ValueError(
+            f"parameter {name} is on the meta device: expected one with values. to_empty() makes new parameters, so "
+            f"build the optimizer after it."
+        )
     if param.grad is not None and param.grad.layout is not torch.strided:
         raise ValueError(
             f"the gradient of parameter {name} has layout {param.grad.layout}: expected a dense gradient. "
             f"Use sparse=False in the embedding."
+        )
+
+
+def check_unchanged(name: str, low_rank: bool, group: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+    """Raise ValueError if a group's settings no longer fit the state that was made with them."""
+    found = state["projector"].shape[1] if "projector" in state else None
+    expected = group["rank"] if low_rank else None
+    if state and found != expected:
+        raise ValueError(
+            f"parameter {name} has a projector of rank {found}, its group now asks for {expected} (None: AdamW). "
+            f"The rank is fixed by the first step: build a new optimizer."
         )
 
 
@@ -120,9 +146,20 @@ def check_projects(named: Sequence[tuple[str, Tensor, Mapping[str, Any]]]) -> No
 
 
 def check_state(
-    name: str, param: Tensor, group: Mapping[str, Any], saved_group: Mapping[str, Any], saved: Mapping[str, Any]
+    name: str,
+    param: Tensor,
+    group: Mapping[str, Any],
+    saved_group: Mapping[str, Any],
+    saved: Mapping[str, Any],
+    sharded: bool,
 ) -> None:
-    """Raise ValueError if a saved state does not belong to this parameter and group."""
+    """Raise ValueError if a saved state does not belong to this parameter and group.
+
+    Args:
+        name, param, group: the parameter, and what this optimizer does with it.
+        saved_group, saved: the saved group and state, empty if there is none.
+        sharded: whether this optimizer keeps the states as DTensors.
+    """
     for key in ("rank", "proj_type", "enable_lowrank"):
         if key in saved_group and saved_group[key] != group[key]:
             raise ValueError(
@@ -131,6 +168,12 @@ def check_state(
             )
     if not saved:
         return
+    if "projector" in saved and hasattr(saved["projector"], "placements") != sharded:
+        was, keeps = ("whole", "shards of it") if sharded else ("in shards", "it whole")
+        raise ValueError(
+            f"the state of parameter {name} was saved {was}, this optimizer keeps {keeps}. Load it with "
+            f"torch.distributed.checkpoint.state_dict.set_optimizer_state_dict, which converts."
+        )
     expected = {"exp_avg": tuple(param.shape), "exp_avg_sq": tuple(param.shape)}
     if is_low_rank(param.shape, group["rank"], group["enable_lowrank"]):
         m, n = oriented_shape(param.shape, group["proj_type"])
@@ -152,7 +195,7 @@ def is_fsdp1_flat(param: Tensor) -> bool:
 
 
 def _check_number(name: str, value: Any, low: float, high: float) -> None:
-    number = float(value) if isinstance(value, (int, float, Tensor)) and not isinstance(value, bool) else math.nan
+    number = math.nan if isinstance(value, bool) or not isinstance(value, (Real, Tensor)) else float(value)
     if not low <= number < high:
         expected = "a number ≥ 0" if high == math.inf else f"a number in [{low:g}, {high:g})"
         raise ValueError(f"{name}={value!r}: expected {expected}.")

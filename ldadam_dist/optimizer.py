@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,27 +14,21 @@ from ldadam_dist import arguments
 from ldadam_dist.adamw import Vector, adamw_step
 from ldadam_dist.adapters import Adapter, adapter_for
 from ldadam_dist.buckets import Matrix, assign_owners, batches, load_block, store_block
-from ldadam_dist.rules import compute_dtype, is_low_rank, oriented_shape, projected_side, stored_error_dtype
-from ldadam_dist.runtime import Job, agree, run
+from ldadam_dist.gradients import MISSING, UNUSABLE, ZERO, Entry, inspect_gradients
+from ldadam_dist.rules import (
+    DEFAULT_RANK,
+    compute_dtype,
+    is_low_rank,
+    oriented_shape,
+    projected_side,
+    stored_error_dtype,
+)
+from ldadam_dist.runtime import Job, run
 from ldadam_dist.step import Hyper, ldadam_step
 
 EXACT_INIT_SIZE = 256
 """With projector_init="auto", the first projector comes from an SVD if the smaller dimension of the matrix is at most
 this, and from a randomised subspace iteration if it is larger."""
-
-_MISSING, _ZERO, _NONZERO, _NONFINITE = -1, 0, 1, 2
-
-
-@dataclass
-class _Entry:
-    """One trainable parameter in this step."""
-
-    name: str
-    param: Tensor
-    group: dict[str, Any]
-    adapter: Adapter
-    low_rank: bool
-    status: int = _MISSING
 
 
 class LDAdamW(Optimizer):
@@ -67,7 +60,8 @@ class LDAdamW(Optimizer):
         proj_method: "power_iteration"; "svd" or "svd_lowrank" decompose anew at every step, which costs far more.
         error_feedback: keep what the projection loses and add it to the next gradient.
         projector_init: first projector from the first gradient: "svd", "randomized" (subspace iteration), or "auto":
-            SVD up to a smaller dimension of `EXACT_INIT_SIZE` or with proj_method="svd", randomised above.
+            SVD up to a smaller dimension of `EXACT_INIT_SIZE` or with proj_method="svd", randomised above and with
+            "svd_lowrank".
         error_dtype: dtype in which the error is stored: "float32", "bfloat16", "float64" or a torch.dtype; None for
             the parameter's own (float32 for float16). The mathematics is always in float32 at least.
         process_group: group over which plain (not DTensor) parameters are replicas with equal gradients, as under
@@ -85,7 +79,7 @@ class LDAdamW(Optimizer):
         betas: tuple[float, float] = (0.908, 0.99),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
-        rank: int = 16,
+        rank: int = DEFAULT_RANK,
         rho: float = 0.908,
         proj_type: str = "std",
         proj_method: str = "power_iteration",
@@ -119,8 +113,21 @@ class LDAdamW(Optimizer):
         super().__init__(params, defaults)
         arguments.check_projects([(e.name, e.param, e.group) for e in self._entries()])
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy or a pickle holds.
+
+        Raises:
+            RuntimeError: there is a process group, which does not travel.
+        """
+        if self._process_group is not None:
+            raise RuntimeError(
+                "an LDAdamW with process_group= cannot be copied or pickled, as a process group does not travel. "
+                "Use state_dict() and build the other optimizer with its own group."
+            )
+        return {**super().__getstate__(), "skipped_steps": self.skipped_steps}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore a pickled or copied optimizer; a process group does not travel."""
+        """Restore a pickled or copied optimizer."""
         super().__setstate__(state)
         self.__dict__.setdefault("skipped_steps", 0)
         self.__dict__.setdefault("_process_group", None)
@@ -139,11 +146,12 @@ class LDAdamW(Optimizer):
             if isinstance(group["error_dtype"], torch.dtype):  # kept as text: plain data for checkpoints
                 group["error_dtype"] = str(group["error_dtype"]).removeprefix("torch.")
             arguments.check_group(group)
+            group["rank"] = int(group["rank"])
             named = list(zip(_names(group, len(self.param_groups) - 1), group["params"], strict=True))
             arguments.check_params(named, group, required)
             for name, param in named:
                 self._adapter(param, name)
-        except ValueError:
+        except Exception:
             self.param_groups.pop()
             raise
 
@@ -156,7 +164,8 @@ class LDAdamW(Optimizer):
         Returns:
             what the closure returned, or None.
         Raises:
-            ValueError: a sparse gradient; nothing has changed then.
+            ValueError: a sparse gradient, a parameter on the meta device, or a group whose rank was changed after the
+                first step; nothing has changed then.
         """
         loss = None
         if closure is not None:
@@ -166,22 +175,25 @@ class LDAdamW(Optimizer):
         entries = list(self._entries())
         for entry in entries:
             arguments.check_grad(entry.name, entry.param)
-        self._inspect_gradients(entries)
+            arguments.check_unchanged(entry.name, entry.low_rank, entry.group, self.state.get(entry.param, {}))
+        unusable = inspect_gradients(entries)
         for entry in entries:
             self._init_state(entry)
 
-        bad = [entry.name for entry in entries if entry.status == _NONFINITE]
-        if bad:
+        if unusable:
             self.skipped_steps += 1
+            bad = [entry.name for entry in entries if entry.status == UNUSABLE]
+            others = f" (and of {len(bad) - 1} more)" if len(bad) > 1 else ""
+            which = f"the gradient of {bad[0]}{others}" if bad else "a gradient on another rank"
             warnings.warn(
-                f"LDAdamW skipped this step: the gradient of {bad[0]} is not finite ({len(bad)} such parameters). "
+                f"LDAdamW skipped this step: {which} is not finite, or too large to be squared. "
                 f"No weight or state has changed. Steps skipped so far: {self.skipped_steps}.",
-                stacklevel=2,
+                stacklevel=4,  # beyond torch's two wrappers of step
             )
             return loss
 
-        self._step_vectors([e for e in entries if not e.low_rank and e.status != _MISSING])
-        self._step_matrices([e for e in entries if e.low_rank and e.status != _MISSING])
+        self._step_vectors([e for e in entries if not e.low_rank and e.status != MISSING])
+        self._step_matrices([e for e in entries if e.low_rank and e.status != MISSING])
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -192,27 +204,42 @@ class LDAdamW(Optimizer):
         Raises:
             ValueError: groups or shapes that do not fit; nothing has been loaded then.
         """
-        numbers = [i for group in state_dict["param_groups"] for i in group["params"]]
-        saved_groups = [group for group in state_dict["param_groups"] for _ in group["params"]]
-        entries = list(self._entries(trainable_only=False))
-        if len(entries) == len(numbers):  # otherwise torch says what differs
-            for entry, number, saved_group in zip(entries, numbers, saved_groups, strict=True):
-                saved = state_dict["state"].get(number, {})
-                arguments.check_state(entry.name, entry.param, entry.group, saved_group, saved)
-        super().load_state_dict(state_dict)
-        # torch has cast every state to its parameter's dtype; take the saved ones instead.
-        params = [p for group in self.param_groups for p in group["params"]]
-        for number, param in zip(numbers, params, strict=True):
-            for key, value in state_dict["state"].get(number, {}).items():
-                if isinstance(value, Tensor) and key != "step":
-                    self.state[param][key] = value.to(device=param.device)
+        loaded: list[tuple[Entry, dict[str, Any]]] = []
 
-    def _entries(self, trainable_only: bool = True) -> Iterator[_Entry]:
+        def check(_: Optimizer, saved: dict[str, Any]) -> None:
+            groups = [(group, number) for group in saved["param_groups"] for number in group["params"]]
+            entries = list(self._entries(trainable_only=False))
+            if len(entries) == len(groups):  # otherwise torch says what differs
+                for entry, (group, number) in zip(entries, groups, strict=True):
+                    state = saved["state"].get(number, {})
+                    sharded = bool(entry.adapter.groups)
+                    arguments.check_state(entry.name, entry.param, entry.group, group, state, sharded)
+                    loaded.append((entry, state))
+
+        def restore(_: Optimizer) -> None:
+            # torch has cast every state to its parameter's dtype; take the saved ones instead.
+            for entry, state in loaded:
+                for key, value in state.items():
+                    if isinstance(value, Tensor) and key != "step":
+                        self.state[entry.param][key] = value.to(device=entry.param.device)
+
+        # As hooks, to see what the user's own hooks make of the state, and to come before those that follow.
+        hooks = (
+            self.register_load_state_dict_pre_hook(check),
+            self.register_load_state_dict_post_hook(restore, prepend=True),
+        )
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _entries(self, trainable_only: bool = True) -> Iterator[Entry]:
         for i, group in enumerate(self.param_groups):
             for name, param in zip(_names(group, i), group["params"], strict=True):
                 if param.requires_grad or not trainable_only:
                     low_rank = is_low_rank(param.shape, group["rank"], group["enable_lowrank"])
-                    yield _Entry(name, param, group, self._adapter(param, name), low_rank)
+                    yield Entry(name, param, group, self._adapter(param, name), low_rank)
 
     def _adapter(self, param: Tensor, name: str) -> Adapter:
         key = (getattr(param, "device_mesh", None), getattr(param, "placements", None), param.device.type)
@@ -220,35 +247,11 @@ class LDAdamW(Optimizer):
             self._adapters[key] = adapter_for(param, self._process_group, name)
         return self._adapters[key]
 
-    def _inspect_gradients(self, entries: list[_Entry]) -> None:
-        """Set each entry's status to the worst on any rank, so that all ranks decide alike."""
-        status = torch.full((len(entries),), _MISSING, dtype=torch.int32)
-        present: dict[torch.device, list[tuple[int, Tensor]]] = {}
-        for i, entry in enumerate(entries):
-            grad = entry.adapter.grad(entry.param)
-            if grad is not None:
-                status[i] = _ZERO
-                if grad.numel():
-                    present.setdefault(grad.device, []).append((i, grad))
-        for device, found in present.items():
-            grads = [grad for _, grad in found]
-            if device.type == "cpu":  # the infinity norm is not vectorised there: 40 ms against 3 for 60M Llama's
-                norms = [torch.maximum(high, -low) for low, high in map(torch.aminmax, grads)]
-            else:
-                norms = list(torch._foreach_norm(grads, float("inf")))
-            largest = torch.stack([norm.double() for norm in norms]).cpu()
-            status[[i for i, _ in found]] = torch.where(
-                largest.isfinite(), (largest > 0).int() * _NONZERO, _NONFINITE
-            ).int()
-        groups = {group: None for entry in entries for group in entry.adapter.groups}
-        for entry, value in zip(entries, agree(status, groups).tolist(), strict=True):
-            entry.status = value
-
-    def _init_state(self, entry: _Entry) -> None:
+    def _init_state(self, entry: Entry) -> None:
         """Create what is missing of a parameter's state, without a gradient too: checkpoints want it for every one."""
         param, adapter, state = entry.param, entry.adapter, self.state[entry.param]
         if not state:
-            state["step"] = torch.tensor(0.0)
+            state["step"] = torch.tensor(0.0, dtype=torch.float32, device="cpu")  # whatever the defaults
             if entry.low_rank:
                 m, n = oriented_shape(param.shape, entry.group["proj_type"])
                 rank, dtype = entry.group["rank"], compute_dtype(param.dtype)
@@ -264,16 +267,16 @@ class LDAdamW(Optimizer):
                 param, kept_dim, stored_error_dtype(param.dtype, entry.group["error_dtype"])
             )
 
-    def _step_vectors(self, entries: list[_Entry]) -> None:
+    def _step_vectors(self, entries: list[Entry]) -> None:
         for group in self.param_groups:
             vectors = []
-            for entry in entries:
+            for entry in (entry for entry in entries if entry.group is group):
                 state, local = self.state[entry.param], entry.adapter.local
                 # Checkpoint libraries take a step with zero gradients and lr = 0 to learn the state's shape.
-                dummy = entry.status == _ZERO and group["lr"] == 0 and state["step"] == 0
-                if entry.group is group and not dummy:
+                dummy = entry.status == ZERO and group["lr"] == 0 and state["step"] == 0
+                if not dummy:
                     moments = (local(state["exp_avg"]), local(state["exp_avg_sq"]))
-                    vectors.append(Vector(local(entry.param), _local_grad(entry), *moments, state["step"]))
+                    vectors.append(Vector(local(entry.param), entry.grad, *moments, state["step"]))
             adamw_step(
                 vectors,
                 lr=float(group["lr"]),
@@ -282,10 +285,10 @@ class LDAdamW(Optimizer):
                 weight_decay=group["weight_decay"],
             )
 
-    def _step_matrices(self, entries: list[_Entry]) -> None:
+    def _step_matrices(self, entries: list[Entry]) -> None:
         moving = []
         for entry in entries:
-            if entry.status == _ZERO and self.state[entry.param]["step"] == 0:
+            if entry.status == ZERO and self.state[entry.param]["step"] == 0:
                 # No direction yet to project on: only the weight decays.
                 entry.adapter.local(entry.param).mul_(1 - float(entry.group["lr"]) * entry.group["weight_decay"])
             else:
@@ -303,7 +306,7 @@ class LDAdamW(Optimizer):
             for batch in batches(list(zip(keys, matrices, strict=True)))
         )
 
-    def _matrix(self, entry: _Entry) -> Matrix:
+    def _matrix(self, entry: Entry) -> Matrix:
         """Views of one parameter's storage, transposed for a right projection."""
         local, state = entry.adapter.local, self.state[entry.param]
         side = projected_side(entry.param.shape, entry.group["proj_type"])
@@ -312,7 +315,7 @@ class LDAdamW(Optimizer):
         def oriented(tensor: Tensor) -> Tensor:
             return tensor if side == "left" else tensor.mT
 
-        grad = oriented(_local_grad(entry))
+        grad = oriented(entry.grad)
         return Matrix(
             layout=layout,
             grad=grad[:, slice(*layout.n_range)] if layout.replicated else grad,
@@ -323,7 +326,7 @@ class LDAdamW(Optimizer):
             exp_avg_sq=local(state["exp_avg_sq"]),
         )
 
-    def _job(self, entries: list[_Entry], matrices: list[Matrix], key: Any, owners: list[int]) -> Job:
+    def _job(self, entries: list[Entry], matrices: list[Matrix], key: Any, owners: list[int]) -> Job:
         layout, hyper, t, dtype, _ = key
         block = None
 
@@ -346,13 +349,7 @@ def _names(group: dict[str, Any], number: int) -> list[str]:
     return group.get("param_names") or [f"#{i} of group {number}" for i in range(len(group["params"]))]
 
 
-def _local_grad(entry: _Entry) -> Tensor:
-    """The gradient on this process; zeros where only another rank has one."""
-    grad = entry.adapter.grad(entry.param)
-    return torch.zeros_like(entry.adapter.local(entry.param)) if grad is None else grad
-
-
-def _hyper(entry: _Entry) -> Hyper:
+def _hyper(entry: Entry) -> Hyper:
     group = entry.group
     init, method = group["projector_init"], group["proj_method"]
     small = min(entry.param.shape) <= EXACT_INIT_SIZE

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from ldadam_dist.rules import (
+    DEFAULT_RANK,
     PROJ_TYPES,
     compute_dtype,
     is_low_rank,
@@ -29,10 +30,10 @@ from ldadam_dist.selection import Patterns, decide, nothing_projected
 def build_param_groups(
     model: nn.Module,
     *,
-    rank: int = 128,
+    rank: int | None = None,
     lr: float | None = None,
     lr_other: float | None = None,
-    weight_decay: float = 0.0,
+    weight_decay: float | None = None,
     include: Patterns = None,
     exclude: Patterns = None,
     rank_pattern: Mapping[str, int] | None = None,
@@ -50,10 +51,10 @@ def build_param_groups(
 
     Args:
         model: the model. Build the groups after `fully_shard`, which replaces parameters.
-        rank: directions kept of each projected matrix.
+        rank: directions kept of each projected matrix; None leaves it to the optimizer (16 by default).
         lr, lr_other: learning rate of the projected matrices, and of everything else; None leaves it to the optimizer.
-        weight_decay: of matrices, embeddings and everything else with two dimensions or more; biases, norms and other
-            vectors have none, as in Hugging Face's Trainer.
+        weight_decay: of matrices, embeddings and everything else with two dimensions or more; None leaves it to the
+            optimizer. Biases, norms and other vectors have none, as in Hugging Face's Trainer.
         include: project only what this matches. A list holds names, parts of names or regular expressions for whole
             names, of parameters or modules; a single string is one such regular expression; "all-linear" is the
             default. An entry that is the name of a parameter or its module, in full or its last part ("lm_head"),
@@ -64,24 +65,28 @@ def build_param_groups(
         named: `params` holds (name, parameter) pairs, so that errors and state dicts can name parameters. False gives
             bare parameters, for libraries that read groups before the optimizer does.
     Returns:
-        Groups with `params`, `weight_decay`, `rank`, `enable_lowrank` and, if given, `lr` and `proj_type`: one group
-        of matrices for each rank, then the rest with and without weight decay; no group is empty.
+        Groups with `params`, `enable_lowrank` and, where they are known, `rank`, `lr`, `weight_decay` and `proj_type`:
+        one group of matrices for each rank, then the rest with and without weight decay; no group is empty.
     """
     if proj_type is not None and proj_type not in PROJ_TYPES:
         raise ValueError(f"proj_type={proj_type!r} is unknown. Choose one of {', '.join(map(repr, PROJ_TYPES))}.")
-    decisions = decide(model, rank=rank, include=include, exclude=exclude, rank_pattern=rank_pattern)
+    default = DEFAULT_RANK if rank is None else rank
+    decisions = decide(model, rank=default, include=include, exclude=exclude, rank_pattern=rank_pattern)
     if not any(d.low_rank for d in decisions):
-        raise nothing_projected(decisions, rank)
+        raise nothing_projected(decisions, default)
 
-    groups: dict[tuple[bool, int, float], dict[str, Any]] = {}
+    groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     trainable = [d for d in decisions if not d.frozen]
-    for decision in sorted(trainable, key=lambda d: (not d.low_rank, d.low_rank and d.rank != rank, not d.info.decay)):
+    order = sorted(trainable, key=lambda d: (not d.low_rank, d.low_rank and d.rank != default, not d.info.decay))
+    for decision in order:
         info = decision.info
-        decay = weight_decay if info.decay else 0.0
-        group_rank = decision.rank if decision.low_rank else rank
+        said = {
+            "rank": decision.rank if decision.low_rank and decision.rank != default else rank,
+            "weight_decay": weight_decay if info.decay else 0.0,
+        }
         group = groups.setdefault(
-            (decision.low_rank, group_rank, decay),
-            {"params": [], "weight_decay": decay, "rank": group_rank, "enable_lowrank": decision.low_rank},
+            (decision.low_rank, *said.values()),
+            {"params": [], "enable_lowrank": decision.low_rank} | {k: v for k, v in said.items() if v is not None},
         )
         group["params"].append((info.name, info.param) if named else info.param)
     for group in groups.values():
@@ -138,7 +143,9 @@ def describe(
     if isinstance(target, nn.Module):
         for unused in ("lr", "lr_other", "weight_decay", "named"):
             options.pop(unused, None)
-        decisions = decide(target, **{"rank": 128, **options})
+        if options.get("rank") is None:
+            options["rank"] = DEFAULT_RANK
+        decisions = decide(target, **options)
         rows = [
             _row(d.info.name, d.info.param, d.info.shape, d.rank, d.low_rank, d.why, settings)
             for d in decisions
@@ -164,8 +171,8 @@ def _group_rows(target: torch.optim.Optimizer | Iterable[Any], settings: dict[st
         said = {**defaults, **group}
         known = {key: said.get(key) if value is None else value for key, value in settings.items()}
         names = group.get("param_names")
-        # An optimizer that has no rank is not LDAdamW, and projects nothing.
-        rank, enabled = int(said.get("rank") or 0), bool(said.get("enable_lowrank", "rank" in said))
+        # Groups that say nothing of a projection are not LDAdamW's, and nothing of them is projected.
+        rank, enabled = int(said.get("rank", DEFAULT_RANK)), bool(said.get("enable_lowrank", "rank" in said))
         params = [group["params"]] if isinstance(group["params"], torch.Tensor) else group["params"]
         for index, item in enumerate(params):
             name, param = item if isinstance(item, tuple) else (names[index] if names else f"[{len(rows)}]", item)

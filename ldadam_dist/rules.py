@@ -17,6 +17,9 @@ PROJ_TYPES: tuple[str, ...] = ("std", "reverse_std", "left", "right")
 PROJ_METHODS: tuple[str, ...] = ("power_iteration", "svd", "svd_lowrank")
 """Accepted values of `proj_method`: how the projector of the next step is found."""
 
+DEFAULT_RANK = 16
+"""Directions kept of a matrix where nobody says otherwise."""
+
 Side = Literal["left", "right"]
 """The projected side of a matrix: "left" its rows, "right" its columns."""
 

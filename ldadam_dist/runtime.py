@@ -147,7 +147,7 @@ def _scatter_sum(requests: Sequence[ScatterSum], axis: Axis) -> list[Tensor]:
         _flat((q.tensor[..., slice(*b[p])] for q, b in zip(requests, bounds, strict=True)), requests[0].tensor)
         for p in range(axis.count)
     ]
-    padded = _padded(parts)
+    padded = torch.nn.utils.rnn.pad_sequence(parts, batch_first=True)
     mine = padded.new_empty(padded.shape[1])
     _reduce_scatter(mine, padded.view(-1), group=axis.group)
     shapes = [
@@ -168,16 +168,12 @@ def _gather(requests: Sequence[Gather], axis: Axis) -> list[Tensor]:
 
     mine = _flat((q.tensor for q in requests), requests[0].tensor)
     longest = sum(torch.Size(shape).numel() for shape in shapes(0))
+    assert mine.numel() <= longest, "a stored slice is longer than its layout says"
     mine = torch.nn.functional.pad(mine, (0, longest - mine.numel()))
     whole = mine.new_empty(axis.count, longest)
     _all_gather(whole.view(-1), mine, group=axis.group)
     pieces = zip(*(_unflat(whole[p], shapes(p)) for p in range(axis.count)), strict=True)
     return [torch.cat(piece, dim=q.dim) for q, piece in zip(requests, pieces, strict=True)]
-
-
-def _padded(parts: Sequence[Tensor]) -> Tensor:
-    """Vectors as rows of one matrix, padded with zeros to the first, the longest."""
-    return torch.nn.utils.rnn.pad_sequence(list(parts), batch_first=True)
 
 
 def _on_owner(requests: Sequence[OnOwner], jobs: Sequence[Job], axis: Axis) -> list[Tensor]:
@@ -291,15 +287,14 @@ def _all_to_all(
     return [_unflat(part, shapes) for part, shapes in zip(received.split(sizes), arriving, strict=True)]
 
 
-def agree(status: Tensor, groups: Iterable[tuple[Any, torch.device]]) -> Tensor:
-    """Element-wise maximum of a small CPU tensor over all given groups, one after the other.
+def agree(status: Tensor, group: Any, device: torch.device) -> Tensor:
+    """Element-wise maximum of a small CPU tensor over a group.
 
     Args:
         status: CPU tensor, of one shape on every process.
-        groups: process groups, each with the device that it communicates on, in one order on every process.
+        group: process group.
+        device: where it communicates.
     """
-    for group, device in groups:
-        on_device = status.to(device)
-        dist.all_reduce(on_device, op=dist.ReduceOp.MAX, group=group)
-        status = on_device.to(status.device)
-    return status
+    on_device = status.to(device)
+    dist.all_reduce(on_device, op=dist.ReduceOp.MAX, group=group)
+    return on_device.to(status.device)

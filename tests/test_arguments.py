@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import models
+import numpy as np
 import pytest
 import torch
 from distributed import run_ranks
@@ -105,11 +106,51 @@ def test_refused_group_leaves_the_optimizer_as_it_was() -> None:
     assert len(optimizer.param_groups) == 1
 
 
-def test_complex_and_integer_parameters() -> None:
+def test_complex_parameters() -> None:
     with pytest.raises(ValueError, match=r"dtype torch\.complex64: expected a real floating dtype"):
         LDAdamW([weight(), nn.Parameter(torch.randn(12, 20, dtype=torch.complex64))])
-    with pytest.raises(ValueError, match=r"dtype torch\.int64"):
-        LDAdamW([weight(), nn.Parameter(torch.ones(3, dtype=torch.int64), requires_grad=False)])
+
+
+def test_frozen_parameters_may_be_anything() -> None:
+    """As in a model whose frozen weights are quantised."""
+    packed = nn.Parameter(torch.ones(8, 8, dtype=torch.uint8), requires_grad=False)
+    optimizer = LDAdamW([{"params": [packed, weight()], "enable_lowrank": True, "rank": 9}])
+    optimizer.step()
+    assert packed not in optimizer.state
+
+
+@pytest.mark.parametrize("key", ["maximize", "amsgrad", "fused"])
+def test_options_of_torch_that_would_be_ignored(key: str) -> None:
+    with pytest.raises(ValueError, match=f"{key}=True in a parameter group: LDAdamW has no such option"):
+        LDAdamW([{"params": [weight()], "rank": 4, key: True}])
+
+
+def test_aliases_and_own_keys() -> None:
+    with pytest.raises(ValueError, match="did you mean 'proj_type'"):
+        LDAdamW([{"params": [weight()], "rank": 4, "projection_type": "right"}])
+    optimizer = LDAdamW([{"params": [weight()], "rank": 4, "weight_decay_mult": 2.0, "initial_lr": 1.0}])
+    assert optimizer.param_groups[0]["weight_decay_mult"] == 2.0
+
+
+def test_numpy_numbers() -> None:
+    optimizer = LDAdamW([weight()], lr=np.float32(1e-3), rank=np.int64(4))
+    assert type(optimizer.param_groups[0]["rank"]) is int
+
+
+def test_parameters_without_values() -> None:
+    optimizer = LDAdamW([nn.Parameter(torch.empty(12, 20, device="meta"))], rank=4)
+    with pytest.raises(ValueError, match=r"is on the meta device.*build the optimizer after it"):
+        optimizer.step()
+
+
+def test_rank_changed_after_the_first_step() -> None:
+    param = weight()
+    optimizer = LDAdamW([param], rank=4)
+    param.grad = torch.randn_like(param)
+    optimizer.step()
+    optimizer.param_groups[0]["rank"] = 6
+    with pytest.raises(ValueError, match=r"has a projector of rank 4, its group now asks for 6"):
+        optimizer.step()
 
 
 def test_sparse_gradient_changes_nothing() -> None:

@@ -27,7 +27,8 @@ ALLOWED = {
     "runtime": {"requests", "layout", "algebra"},
     "buckets": {"layout", "rules", "step"},
     "adapters": {"layout", "rules"},
-    "optimizer": {"adapters", "buckets", "runtime", "step", "adamw", "rules", "layout", "arguments"},
+    "gradients": {"adapters", "runtime"},
+    "optimizer": {"gradients", "adapters", "buckets", "runtime", "step", "adamw", "rules", "layout", "arguments"},
     "__init__": {"_version", "optimizer", "param_groups"},
 }
 COMMUNICATES = {"runtime", "adapters"}

@@ -9,11 +9,11 @@ from typing import Any
 import models
 import pytest
 import torch
+import torch.distributed as dist
 from distributed import run_ranks
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import distribute_tensor
 
 from ldadam_dist import LDAdamW
 
@@ -201,15 +201,57 @@ def test_resume_from_a_file_is_exact(dtype: torch.dtype) -> None:
         torch.testing.assert_close(optimizer.state[p], other.state[q], rtol=0, atol=0)
 
 
+def test_load_hooks_of_the_user_count() -> None:
+    """torch's way to load by name: a hook that puts the saved parameters into this optimizer's order."""
+    first, second = nn.Parameter(torch.randn(9, 9)), nn.Parameter(torch.randn(9, 9))
+    saved = LDAdamW([("first", first), ("second", second)], rank=2)
+    for p in (first, second):
+        p.grad = torch.randn_like(p)
+    saved.step()
+    other = LDAdamW([("second", second), ("first", first)], rank=2)
+
+    def by_name(_: Any, state: dict[str, Any]) -> dict[str, Any]:
+        assert state["param_groups"][0]["param_names"] == ["first", "second"]
+        return {**state, "state": {0: state["state"][1], 1: state["state"][0]}}
+
+    other.register_load_state_dict_pre_hook(by_name)
+    other.load_state_dict(saved.state_dict())
+    for p in (first, second):
+        torch.testing.assert_close(other.state[p], saved.state[p], rtol=0, atol=0)
+    assert len(other._optimizer_load_state_dict_post_hooks) == 0
+
+
 def test_copies_and_pickles(trained: nn.Module) -> None:
     model, optimizer = make()
     train(model, optimizer, range(3))
+    optimizer.skipped_steps = 7
     model, optimizer = copy.deepcopy((model, optimizer))
     train(model, optimizer, range(3, 5))
     same_weights(model, trained)
+    assert optimizer.skipped_steps == 7
 
 
-def resume_with_dcp() -> list[Any]:
+def refused_copies() -> list[str]:
+    """A copy of an optimizer with a process group, and a whole state for a sharded one."""
+    model, optimizer = make(process_group=dist.group.WORLD)
+    with pytest.raises(RuntimeError) as copied:
+        copy.deepcopy(optimizer)
+    train(model, optimizer, range(1))
+    alone, whole = make()
+    train(alone, whole, range(1))
+    with pytest.raises(ValueError) as loaded:
+        optimizer.load_state_dict(whole.state_dict())
+    train(model, optimizer, range(1, 2))  # it goes on with its own
+    return [str(copied.value), str(loaded.value)]
+
+
+def test_what_does_not_travel_is_refused() -> None:
+    for copied, loaded in run_ranks(2, refused_copies):
+        assert "process group does not travel" in copied
+        assert "was saved whole, this optimizer keeps shards of it" in loaded
+
+
+def resume_with_dcp(options: StateDictOptions) -> list[bool]:
     """Save after 4 steps, go on to 8, and let a fresh run that loads the state do the same."""
 
     def sharded() -> tuple[nn.Module, LDAdamW]:
@@ -219,15 +261,11 @@ def resume_with_dcp() -> list[Any]:
 
     model, optimizer = sharded()
     train(model, optimizer, range(4))
-    weights = {k: v.full_tensor().clone() for k, v in model.state_dict().items()}
-    state = copy.deepcopy(get_optimizer_state_dict(model, optimizer))
+    weights, state = copy.deepcopy(get_state_dict(model, optimizer, options=options))
     train(model, optimizer, range(4, 8))
 
     resumed, other = sharded()
-    with torch.no_grad():
-        for name, p in resumed.named_parameters():
-            p.copy_(distribute_tensor(weights[name], p.device_mesh, p.placements))
-    set_optimizer_state_dict(resumed, other, state)
+    set_state_dict(resumed, other, model_state_dict=weights, optim_state_dict=state, options=options)
     train(resumed, other, range(4, 8))
     return [
         torch.equal(p.to_local(), q.to_local()) for p, q in zip(model.parameters(), resumed.parameters(), strict=True)
@@ -235,6 +273,11 @@ def resume_with_dcp() -> list[Any]:
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_distributed_checkpoint_resumes_exactly(world_size: int) -> None:
-    for same in run_ranks(world_size, resume_with_dcp):
+@pytest.mark.parametrize(
+    "options",
+    [StateDictOptions(), StateDictOptions(full_state_dict=True), StateDictOptions(flatten_optimizer_state_dict=True)],
+    ids=["sharded", "full", "flat"],
+)
+def test_distributed_checkpoint_resumes_exactly(world_size: int, options: StateDictOptions) -> None:
+    for same in run_ranks(world_size, resume_with_dcp, options):
         assert all(same)

@@ -7,7 +7,7 @@ import torch
 from architectures import Custom, LoraLinear, bert, gpt2, llama
 from torch import nn
 
-from ldadam_dist import build_param_groups, describe
+from ldadam_dist import LDAdamW, build_param_groups, describe
 
 RANK = 4
 
@@ -301,3 +301,15 @@ def test_refused_models():
         build_param_groups(nn.LayerNorm(8), rank=RANK)
     with pytest.raises(ValueError, match="'weight' has no shape yet"):
         build_param_groups(nn.LazyLinear(8), rank=RANK)
+
+
+def test_what_is_not_said_is_left_to_the_optimizer():
+    model = nn.Sequential(nn.Linear(40, 50), nn.LayerNorm(50))
+    optimizer = LDAdamW(build_param_groups(model), rank=20, weight_decay=0.1)
+    found = {g["params"][0].ndim: (g["rank"], g["weight_decay"]) for g in optimizer.param_groups}
+    assert found[2] == (20, 0.1)
+    assert found[1] == (20, 0.0)
+    said = LDAdamW(build_param_groups(model, rank=30, weight_decay=0.2), rank=20, weight_decay=0.1)
+    assert [(g["rank"], g["weight_decay"]) for g in said.param_groups] == [(30, 0.2), (30, 0.0)]
+    with pytest.raises(ValueError, match=r"rank=40 does not fit parameter 0\.weight of shape \(50, 40\)"):
+        LDAdamW(build_param_groups(model), rank=40)

@@ -121,6 +121,71 @@ def test_non_finite_gradient_changes_nothing(value: float) -> None:
     assert all(p.isfinite().all() for p in model.parameters())
 
 
+@pytest.mark.parametrize("size", [1e20, 1e16])
+@pytest.mark.parametrize("projector_init", ["svd", "randomized"])
+def test_gradient_that_overflows_when_squared_changes_nothing(size: float, projector_init: str) -> None:
+    param = nn.Parameter(matrix(12, 20, dtype=torch.float32))
+    optimizer = LDAdamW([param], rank=4, projector_init=projector_init)
+    for seed in range(2):  # at the first step, and after it
+        before = param.detach().clone()
+        param.grad = matrix(12, 20, dtype=torch.float32, seed=seed) * size
+        with pytest.warns(UserWarning, match="too large to be squared"):
+            optimizer.step()
+        assert torch.equal(param, before)
+        param.grad = matrix(12, 20, dtype=torch.float32, seed=seed)
+        optimizer.step()
+        assert param.isfinite().all()
+
+
+@pytest.mark.parametrize("size", [1e-18, 1e-14, 1e8, 1e13])
+def test_small_and_large_gradients_find_their_subspace_in_float32(size: float) -> None:
+    """What is orthonormalised is quadratic in the gradient: a norm of it would leave float32's range."""
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        param = nn.Parameter(torch.zeros(40, 60, dtype=dtype))
+        optimizer = LDAdamW([param], rank=4)
+        for seed in range(3):
+            param.grad = (matrix(40, 60, seed=seed) * torch.logspace(0, -2, 60) * size).to(dtype)
+            optimizer.step()
+        found.append(optimizer.state[param]["projector"].double())
+    assert torch.linalg.svdvals(found[0].mT @ found[1]).min() > 0.999
+
+
+def test_steps_are_counted_exactly_whatever_the_default_dtype() -> None:
+    """bfloat16 cannot count beyond 256."""
+    param, optimizer = one_matrix(matrix(12, 20, seed=1))
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        optimizer.step()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert optimizer.state[param]["step"].dtype == torch.float32
+
+
+def step_with_a_parameter_of_ones_own() -> tuple[bool, float, int]:
+    """FSDP2 weights on both ranks, and a plain matrix that rank 1 alone has."""
+    model = models.odd_net()
+    fully_shard(model)
+    own = [nn.Parameter(matrix(6, 7))] if dist.get_rank() == 1 else []
+    optimizer = LDAdamW([*model.parameters(), *own], rank=2)
+    for step in range(3):
+        optimizer.zero_grad()
+        models.odd_loss(model, models.odd_inputs(step)).backward()
+        for p in own:
+            p.grad = matrix(6, 7, seed=step) * (float("nan") if step == 2 else 1.0)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            optimizer.step()
+    text = str(caught[-1].message)
+    named = "another rank" in text if dist.get_rank() == 0 else "#6 of group 0" in text
+    return named, float(optimizer.state[model.tall.weight]["step"]), optimizer.skipped_steps
+
+
+def test_ranks_may_have_parameters_of_their_own() -> None:
+    """No rank waits for a status that the other does not have; and all of them skip a step if one must."""
+    assert run_ranks(2, step_with_a_parameter_of_ones_own) == [(True, 2.0, 1)] * 2
+
+
 def step_with_one_bad_shard(bad_rank: int) -> tuple[bool, int, float]:
     model = models.odd_net()
     fully_shard(model)
