@@ -349,7 +349,7 @@ def answers_over_nccl(folder: str) -> None:
         job = runtime.Job(MatrixLayout(5, 7, 3), (0, 0), 70, start=lambda: None, finish=lambda _: None)
         (found,) = runtime._on_owner([request], [job], axis)
         assert torch.equal(found, -tensor), combine
-    status = runtime.agree(torch.tensor([-1, 0, 2], dtype=torch.int32), [(dist.group.WORLD, device)])
+    status = runtime.agree(torch.tensor([-1, 0, 2], dtype=torch.int32), dist.group.WORLD, device)
     assert status.tolist() == [-1, 0, 2]
 
 

@@ -70,12 +70,13 @@ def test_two_ranks_train_like_one(one_rank: Path, two_ranks: Path) -> None:
 
 
 @pytest.mark.parametrize("optimizer", ["ldadamw"], indirect=True)
-def test_ddp_with_accumulation_trains_like_one(
-    one_rank: Path, optimizer: str, tiny_config: Path, tmp_path: Path, ranks: Callable[..., None]
+@pytest.mark.parametrize("parallel", ["fsdp", "ddp"])
+def test_accumulation_and_checkpointing_train_like_one(
+    one_rank: Path, optimizer: str, parallel: str, tiny_config: Path, tmp_path: Path, ranks: Callable[..., None]
 ) -> None:
-    options = ["--parallel", "ddp", "--micro_batch_size", "2", "--activation_checkpointing", "true"]
-    ranks(2, "--config", tiny_config, "--optimizer", optimizer, "--output_dir", tmp_path / "ddp", *options)
-    assert_same_curves(read_log(tmp_path / "ddp"), read_log(one_rank), relative=2e-5)
+    options = ["--parallel", parallel, "--micro_batch_size", "2", "--activation_checkpointing", "true"]
+    ranks(2, "--config", tiny_config, "--optimizer", optimizer, "--output_dir", tmp_path / "run", *options)
+    assert_same_curves(read_log(tmp_path / "run"), read_log(one_rank), relative=2e-5)
 
 
 def interrupted(run: Path, folder: Path) -> Path:
