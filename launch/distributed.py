@@ -9,6 +9,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from launch.config import expect
+
 
 @dataclass(frozen=True)
 class World:
@@ -51,6 +53,11 @@ def start() -> World:
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if torch.cuda.is_available():
+        expect(
+            local_size <= torch.cuda.device_count(),
+            f"{local_size} processes on this host have {torch.cuda.device_count()} CUDA device(s): expected one each. "
+            "Lower --nproc-per-node (make pretrain NPROC=1), or train on the CPU with CUDA_VISIBLE_DEVICES= ",
+        )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     else:

@@ -24,11 +24,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from launch import distributed
     from launch.trainer import Trainer
 
-    world = distributed.start()
+    world = None
     try:
+        world = distributed.start()
         Trainer(config, world).train()
     except (ConfigError, FloatingPointError) as error:
-        if world.is_main:
+        if world is None or world.is_main:
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 2 if isinstance(error, ConfigError) else 1
     finally:

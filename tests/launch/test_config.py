@@ -11,6 +11,7 @@ from launch.config import MODELS, ConfigError, parse_config
 from launch.distributed import World
 from launch.model import llama_config
 from launch.optim import lr_factor
+from launch.pretrain import main as pretrain
 from launch.tokenizer import TextEncoder, train_bpe
 from launch.trainer import micro_batch_size
 
@@ -127,3 +128,12 @@ def _tiny_tokenizer() -> tuple:
     from tokenizers import Tokenizer
 
     return Tokenizer.from_str(train_bpe(["a few words"], 260)), 0
+
+
+def test_more_processes_than_devices(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """As `make pretrain`, which starts two, on a machine with one GPU; described only, as there may be none here."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert pretrain([]) == 2
+    assert "2 processes on this host have 1 CUDA device(s)" in capsys.readouterr().err
