@@ -72,14 +72,13 @@ def plot(runs: Mapping[str, list[Record]], path: Path) -> None:
     axes = figure.add_subplot()
     for index, (name, records) in enumerate(runs.items()):
         color = f"C{index}"
-        axes.plot(*points(records, "loss"), color=color, alpha=0.35, linewidth=0.8, label=f"{name}, training")
+        axes.plot(*points(records, "loss"), color=color, alpha=0.35, linewidth=0.8)
         tokens, losses = points(records, "val_loss")
-        axes.plot(tokens, losses, color=color, marker="o", markersize=3, label=f"{name}, validation")
-        if losses:
-            axes.annotate(f"{losses[-1]:.3f}", (tokens[-1], losses[-1]), xytext=(4, 0), textcoords="offset points")
+        last = f": {losses[-1]:.3f}" if losses else ""
+        axes.plot(tokens, losses, color=color, marker="o", markersize=3, label=name + last)
     axes.set(xlabel="tokens", ylabel="loss")
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(title="validation loss (thin: training)")
     figure.savefig(path, dpi=120)
 
 
