@@ -25,7 +25,7 @@ STEPS = 20
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 ERROR_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
 """The error sums up, undamped, 1/(1−β1) ≈ 11 times what each step rounds. In float32 one process differs from itself by
-up to 5e-5 after 20 steps if its gradients are disturbed by half a unit of rounding, as another order of summation does.
+up to 7e-5 within 20 steps if its gradients are disturbed by half a unit of rounding (benchmarks/rounding.py).
 """
 BUILD = {
     "llama": (models.tiny_llama, models.llama_loss, models.llama_tokens, 4),
