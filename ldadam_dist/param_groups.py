@@ -70,18 +70,19 @@ def build_param_groups(
     """
     if proj_type is not None and proj_type not in PROJ_TYPES:
         raise ValueError(f"proj_type={proj_type!r} is unknown. Choose one of {', '.join(map(repr, PROJ_TYPES))}.")
-    default = DEFAULT_RANK if rank is None else rank
-    decisions = decide(model, rank=default, include=include, exclude=exclude, rank_pattern=rank_pattern)
+    decisions = decide(model, rank=rank, include=include, exclude=exclude, rank_pattern=rank_pattern)
     if not any(d.low_rank for d in decisions):
-        raise nothing_projected(decisions, default)
+        raise nothing_projected(decisions)
 
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     trainable = [d for d in decisions if not d.frozen]
-    order = sorted(trainable, key=lambda d: (not d.low_rank, d.low_rank and d.rank != default, not d.info.decay))
+    order = sorted(
+        trainable, key=lambda d: (not d.low_rank, d.low_rank and d.named_rank and d.rank != rank, not d.info.decay)
+    )
     for decision in order:
         info = decision.info
         said = {
-            "rank": decision.rank if decision.low_rank and decision.rank != default else rank,
+            "rank": decision.rank if decision.low_rank and decision.named_rank else rank,
             "weight_decay": weight_decay if info.decay else 0.0,
         }
         group = groups.setdefault(
@@ -143,8 +144,6 @@ def describe(
     if isinstance(target, nn.Module):
         for unused in ("lr", "lr_other", "weight_decay", "named"):
             options.pop(unused, None)
-        if options.get("rank") is None:
-            options["rank"] = DEFAULT_RANK
         decisions = decide(target, **options)
         rows = [
             _row(d.info.name, d.info.param, d.info.shape, d.rank, d.low_rank, d.why, settings)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from ldadam_dist.identity import ParamInfo, inspect_model
-from ldadam_dist.rules import is_low_rank
+from ldadam_dist.rules import DEFAULT_RANK, is_low_rank
 
 Patterns = str | Iterable[str] | None
 
@@ -20,12 +20,14 @@ class Decision:
     """What one parameter gets.
 
     rank: the rank its matrix is, or would be, projected to.
+    named_rank: whether that rank comes from rank_pattern.
     low_rank: LDAdamW; otherwise AdamW, or nothing when it is frozen.
     why: why not LDAdamW; empty if low_rank.
     """
 
     info: ParamInfo
     rank: int
+    named_rank: bool
     low_rank: bool
     why: str
 
@@ -55,7 +57,7 @@ class _Pattern:
 def decide(
     model: nn.Module,
     *,
-    rank: int,
+    rank: int | None = None,
     include: Patterns = None,
     exclude: Patterns = None,
     rank_pattern: Mapping[str, int] | None = None,
@@ -65,6 +67,7 @@ def decide(
     `include` narrows the automatic choice to what it matches. A pattern that is itself the name of a parameter or its
     module, in full or its last part ('lm_head'), also overrules the automatic choice by kind.
     """
+    rank = DEFAULT_RANK if rank is None else rank
     check_rank(rank, "rank")
     for text, value in (rank_pattern or {}).items():
         check_rank(value, f"rank_pattern[{text!r}]")
@@ -94,7 +97,7 @@ def decide(
             if includes or rank_match:
                 _raise_rank_too_large(info, r, "rank_pattern" if rank_match else "include")
             why = f"rank {r} ≥ {min(info.shape)}"
-        decisions.append(Decision(info, r, low_rank=not why, why=why))
+        decisions.append(Decision(info, r, named_rank=rank_match is not None, low_rank=not why, why=why))
 
     for pattern in (*includes, *excludes, *ranks):
         argument = "include" if pattern in includes else "exclude" if pattern in excludes else "rank_pattern"
@@ -110,7 +113,7 @@ def check_rank(value: object, argument: str) -> None:
         )
 
 
-def nothing_projected(decisions: list[Decision], rank: int) -> ValueError:
+def nothing_projected(decisions: list[Decision]) -> ValueError:
     """The error for a model of which no parameter would be projected."""
     trainable = [d for d in decisions if not d.frozen]
     if not trainable:
@@ -124,8 +127,8 @@ def nothing_projected(decisions: list[Decision], rank: int) -> ValueError:
     linear = [d for d in matrices if d.info.linear] or matrices
     largest = max(linear, key=lambda d: (min(d.info.shape), max(d.info.shape)))
     return ValueError(
-        f"nothing of the model would be projected at rank={rank}: its largest matrix is {largest.info.name!r} of shape "
-        f"{largest.info.shape}, which gets AdamW ({largest.why}). Lower rank, name matrices in include, or use "
+        f"nothing of the model would be projected at rank={largest.rank}: its largest matrix is "
+        f"{largest.info.name!r} of shape {largest.info.shape}, which gets AdamW ({largest.why}). Lower rank, name matrices in include, or use "
         "torch.optim.AdamW."
     )
 

@@ -313,3 +313,12 @@ def test_what_is_not_said_is_left_to_the_optimizer():
     assert [(g["rank"], g["weight_decay"]) for g in said.param_groups] == [(30, 0.2), (30, 0.0)]
     with pytest.raises(ValueError, match=r"rank=40 does not fit parameter 0\.weight of shape \(50, 40\)"):
         LDAdamW(build_param_groups(model), rank=40)
+
+
+def test_a_rank_that_a_pattern_names_is_kept_even_if_it_is_the_default():
+    model = nn.Sequential(nn.Linear(80, 90), nn.Linear(90, 80))
+    optimizer = LDAdamW(build_param_groups(model, rank_pattern={"1.weight": 16}), rank=64)
+    assert {g["param_names"][0]: g["rank"] for g in optimizer.param_groups if g["enable_lowrank"]} == {
+        "0.weight": 64,
+        "1.weight": 16,
+    }
