@@ -92,9 +92,11 @@ def check_params(named: Sequence[tuple[str, Tensor]], group: Mapping[str, Any], 
                 f"parameter {name} is a flat parameter of FullyShardedDataParallel (FSDP1), which cuts matrices into "
                 f"1-D pieces. Shard the model with torch.distributed.fsdp.fully_shard (FSDP2) instead."
             )
-        if param.is_complex() and param.requires_grad:
+        if not param.requires_grad:
+            continue
+        if param.is_complex():
             raise ValueError(f"parameter {name} has dtype {param.dtype}: expected a real floating dtype.")
-        if low_rank_required and param.requires_grad and param.ndim == 2 and group["rank"] >= min(param.shape):
+        if low_rank_required and param.ndim == 2 and group["rank"] >= min(param.shape):
             raise ValueError(
                 f"rank={group['rank']} does not fit parameter {name} of shape {tuple(param.shape)}: a projection "
                 f"keeps fewer than min(shape) = {min(param.shape)} directions. "

@@ -75,7 +75,7 @@ def assign_owners(layouts: Sequence[MatrixLayout]) -> list[int]:
     owners = [0] * len(layouts)
     for i in sorted(range(len(layouts)), key=lambda i: -layouts[i].m * layouts[i].rank ** 2):
         layout = layouts[i]
-        axis = layout.over_m if layout.over_m.count > 1 else layout.over_n
+        axis = layout.shared_over
         work = load.setdefault(axis.group, [0] * axis.count)
         owners[i] = work.index(min(work))
         work[owners[i]] += layout.m * layout.rank**2

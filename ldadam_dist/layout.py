@@ -80,6 +80,11 @@ class MatrixLayout:
         return self.over_m.count == self.over_n.count == 1
 
     @property
+    def shared_over(self) -> Axis:
+        """The axis over which the matrix is cut, if it is one; an axis of one process where the matrix is whole."""
+        return self.over_m if self.over_m.count > 1 else self.over_n
+
+    @property
     def m_local(self) -> int:
         """Rows of the block stepped here."""
         return self.m_range[1] - self.m_range[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -268,10 +269,10 @@ class LDAdamW(Optimizer):
             )
 
     def _step_vectors(self, entries: list[Entry]) -> None:
-        for group in self.param_groups:
+        for _, members in itertools.groupby(entries, key=lambda entry: id(entry.group)):  # entries come group by group
             vectors = []
-            for entry in (entry for entry in entries if entry.group is group):
-                state, local = self.state[entry.param], entry.adapter.local
+            for entry in members:
+                group, state, local = entry.group, self.state[entry.param], entry.adapter.local
                 # Checkpoint libraries take a step with zero gradients and lr = 0 to learn the state's shape.
                 dummy = entry.status == ZERO and group["lr"] == 0 and state["step"] == 0
                 if not dummy:

@@ -110,7 +110,7 @@ def _axis_of(request: Request, layout: MatrixLayout) -> Axis:
         return request.axis
     if layout.over_m.count > 1 and layout.over_n.count > 1:
         raise RuntimeError("a matrix cut in both dimensions cannot be brought together on one owner.")
-    return layout.over_m if layout.over_m.count > 1 else layout.over_n
+    return layout.shared_over
 
 
 def _route(request: Request, layout: MatrixLayout) -> str | None:
