@@ -128,7 +128,8 @@ def nothing_projected(decisions: list[Decision]) -> ValueError:
     largest = max(linear, key=lambda d: (min(d.info.shape), max(d.info.shape)))
     return ValueError(
         f"nothing of the model would be projected at rank={largest.rank}: its largest matrix is "
-        f"{largest.info.name!r} of shape {largest.info.shape}, which gets AdamW ({largest.why}). Lower rank, name matrices in include, or use "
+        f"{largest.info.name!r} of shape {largest.info.shape}, which gets AdamW "
+        f"({largest.why}). Lower rank, name matrices in include, or use "
         "torch.optim.AdamW."
     )
 
