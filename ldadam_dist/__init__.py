@@ -3,5 +3,6 @@
 from ldadam_dist._version import __version__
 from ldadam_dist.optimizer import LDAdamW
 from ldadam_dist.param_groups import build_param_groups, describe
+from ldadam_dist.traffic import Traffic
 
-__all__ = ["LDAdamW", "__version__", "build_param_groups", "describe"]
+__all__ = ["LDAdamW", "Traffic", "__version__", "build_param_groups", "describe"]

@@ -11,15 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldadam_dist.rules import PROJ_METHODS, PROJ_TYPES, is_low_rank, oriented_shape
+from ldadam_dist.rules import PROJ_METHODS, PROJ_TYPES, is_low_rank, matrices_of, state_shapes
 
 PROJECTOR_INITS = ("auto", "svd", "randomized")
 
 ERROR_DTYPES = ("float64", "float32", "bfloat16")
 
+COMMUNICATIONS = ("auto", "lowrank", "gather")
+
 GROUP_KEYS = (
     "params param_names lr betas eps weight_decay rank rho proj_type proj_method error_feedback "
-    "projector_init error_dtype enable_lowrank"
+    "projector_init error_dtype flatten communication enable_lowrank"
 ).split()
 
 _FOREIGN = {
@@ -48,6 +50,15 @@ def refuse_foreign(keys: Sequence[str]) -> None:
             raise ValueError(f"{key!r} is an argument of GaLore or APOLLO, not of LDAdamW: {_FOREIGN[key]}. Remove it.")
 
 
+def check_window(window_elements: object) -> None:
+    """Raise ValueError if the window of matrices in flight is not a positive number of elements."""
+    if isinstance(window_elements, bool) or not isinstance(window_elements, Integral) or window_elements < 1:
+        raise ValueError(
+            f"window_elements={window_elements!r}: expected a positive integer, the elements of matrices that may be "
+            f"in flight together; 2**25 take 128 MiB in float32."
+        )
+
+
 def check_group(group: Mapping[str, Any]) -> None:
     """Raise ValueError for a hyperparameter of a complete parameter group that is out of its range."""
     refuse_foreign(list(group))
@@ -73,7 +84,8 @@ def check_group(group: Mapping[str, Any]) -> None:
     _check_choice("projector_init", group["projector_init"], PROJECTOR_INITS)
     if group["error_dtype"] is not None:
         _check_choice("error_dtype", group["error_dtype"], ERROR_DTYPES)
-    for key in ("error_feedback", "enable_lowrank"):
+    _check_choice("communication", group["communication"], COMMUNICATIONS)
+    for key in ("error_feedback", "flatten", "enable_lowrank"):
         if not isinstance(group[key], bool):
             raise ValueError(f"{key}={group[key]!r}: expected True or False.")
 
@@ -96,10 +108,11 @@ def check_params(named: Sequence[tuple[str, Tensor]], group: Mapping[str, Any], 
             continue
         if param.is_complex():
             raise ValueError(f"parameter {name} has dtype {param.dtype}: expected a real floating dtype.")
-        if low_rank_required and param.ndim == 2 and group["rank"] >= min(param.shape):
+        matrices = matrices_of(param.shape, group["flatten"])
+        if low_rank_required and matrices and group["rank"] >= min(matrices[1:]):
             raise ValueError(
-                f"rank={group['rank']} does not fit parameter {name} of shape {tuple(param.shape)}: a projection "
-                f"keeps fewer than min(shape) = {min(param.shape)} directions. "
+                f"rank={group['rank']} does not fit parameter {name} of shape {tuple(param.shape)}: a projection of "
+                f"{matrices[1]} × {matrices[2]} keeps fewer than {min(matrices[1:])} directions. "
                 f"Lower rank, or set enable_lowrank=False for its group."
             )
 
@@ -118,9 +131,25 @@ def check_grad(name: str, param: Tensor) -> None:
         )
 
 
+def check_storage(name: str, local: Tensor, flatten: bool) -> None:
+    """Raise ValueError if a parameter's storage on this process cannot be seen as a matrix.
+
+    Args:
+        name: how errors call the parameter.
+        local: its storage.
+        flatten: whether it is seen as one matrix (shape[0], rest).
+    """
+    if flatten and local.ndim > 2 and not local.is_contiguous():
+        raise ValueError(
+            f"parameter {name} of shape {tuple(local.shape)} has strides {local.stride()}: expected contiguous storage "
+            f"to see it as a matrix (flatten=True). Convolutions in channels_last keep their weights so: use "
+            f"memory_format=torch.contiguous_format for the model, or set enable_lowrank=False for its group."
+        )
+
+
 def check_unchanged(name: str, low_rank: bool, group: Mapping[str, Any], state: Mapping[str, Any]) -> None:
     """Raise ValueError if a group's settings no longer fit the state that was made with them."""
-    found = state["projector"].shape[1] if "projector" in state else None
+    found = state["projector"].shape[-1] if "projector" in state else None
     expected = group["rank"] if low_rank else None
     if state and found != expected:
         raise ValueError(
@@ -131,11 +160,12 @@ def check_unchanged(name: str, low_rank: bool, group: Mapping[str, Any], state: 
 
 def check_projects(named: Sequence[tuple[str, Tensor, Mapping[str, Any]]]) -> None:
     """Raise ValueError if no parameter at all would be projected."""
-    if any(is_low_rank(param.shape, group["rank"], group["enable_lowrank"]) for _, param, group in named):
+    if any(_is_low_rank(param, group) for _, param, group in named):
         return
-    matrices = [(min(p.shape), name, tuple(p.shape), g) for name, p, g in named if p.ndim == 2]
-    if matrices:
-        _, name, shape, group = max(matrices, key=lambda item: item[0])
+    matrices = [(matrices_of(p.shape, g["flatten"]), name, tuple(p.shape), g) for name, p, g in named]
+    candidates = [(min(m[1:]), name, shape, group) for m, name, shape, group in matrices if m]
+    if candidates:
+        _, name, shape, group = max(candidates, key=lambda item: item[0])
         found = f"the largest matrix is {name} of shape {shape}, in a group with rank={group['rank']}"
         found += f" and enable_lowrank={group['enable_lowrank']}"
     else:
@@ -162,7 +192,7 @@ def check_state(
         saved_group, saved: the saved group and state, empty if there is none.
         sharded: whether this optimizer keeps the states as DTensors.
     """
-    for key in ("rank", "proj_type", "enable_lowrank"):
+    for key in ("rank", "proj_type", "flatten", "enable_lowrank"):
         if key in saved_group and saved_group[key] != group[key]:
             raise ValueError(
                 f"the state of parameter {name} was saved with {key}={saved_group[key]!r}, this optimizer has "
@@ -176,19 +206,19 @@ def check_state(
             f"the state of parameter {name} was saved {was}, this optimizer keeps {keeps}. Load it with "
             f"torch.distributed.checkpoint.state_dict.set_optimizer_state_dict, which converts."
         )
-    expected = {"exp_avg": tuple(param.shape), "exp_avg_sq": tuple(param.shape)}
-    if is_low_rank(param.shape, group["rank"], group["enable_lowrank"]):
-        m, n = oriented_shape(param.shape, group["proj_type"])
-        expected = {"exp_avg": (group["rank"], n), "exp_avg_sq": (group["rank"], n), "projector": (m, group["rank"])}
-        if "error" in saved:
-            expected["error"] = tuple(param.shape)
-    for key, shape in expected.items():
-        found = tuple(saved[key].shape) if key in saved else "nothing"
+    for key, shape in state_shapes(param.shape, group).items():
+        if key == "error" and key not in saved:
+            continue
+        found = tuple(getattr(saved[key], "shape", ())) if key in saved else "nothing"
         if found != shape:
             raise ValueError(
                 f"the saved {key!r} of parameter {name} of shape {tuple(param.shape)} is {found}: expected {shape}. "
                 f"This state belongs to another model or to other settings."
             )
+
+
+def _is_low_rank(param: Tensor, group: Mapping[str, Any]) -> bool:
+    return is_low_rank(param.shape, group["rank"], group["enable_lowrank"], group["flatten"])
 
 
 def is_fsdp1_flat(param: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""What each parameter of a model is: the weight of a linear layer, an embedding, the head, an adapter, ...
+"""What each parameter of a model is: the weight of a linear layer, stacked experts, an embedding, the head, ...
 
 The answer comes from the modules that hold the parameter, not from its name alone. Nothing here imports a library
 whose modules it recognises, and shapes are global, so models on the meta device, `fully_shard`-ed models and models
@@ -7,6 +7,7 @@ wrapped by DistributedDataParallel or torch.compile are all read alike.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -21,6 +22,7 @@ HEAD_NAMES = frozenset(
 
 _ATTENTION_WEIGHTS = frozenset({"in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"})
 _PLAIN_TENSORS = frozenset({"Parameter", "Tensor", "DTensor", "FakeTensor", "Buffer"})
+_EXPERTS = re.compile(r"expert|^moe|moe$", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -29,8 +31,9 @@ class ParamInfo:
 
     name: the first of its names, without the prefixes that wrappers add.
     shape: the global shape.
-    linear: whether it is the weight of a linear layer that may be projected.
-    kind: what it is otherwise; the reason it gets AdamW.
+    kind: what it is: "linear" for the weight of a linear layer, "experts" for a stack of them, "convolution", ...;
+        the reason it gets AdamW, if it does.
+    flatten: whether it is one matrix (shape[0], rest), as convolutions are, and not a stack of matrices.
     decay: whether weight decay is meant for it (matrices and embeddings, not biases, norms and vectors).
     names: every name a pattern may match: of the parameter and of the modules that hold it.
     exact_names: names by which the user can mean just this parameter; see `selection.decide`.
@@ -39,15 +42,16 @@ class ParamInfo:
     name: str
     param: nn.Parameter
     shape: tuple[int, ...]
-    linear: bool
     kind: str
+    flatten: bool
     decay: bool
     names: frozenset[str]
     exact_names: frozenset[str]
 
     @property
-    def is_matrix(self) -> bool:
-        return len(self.shape) == 2 and self.param.is_floating_point() and _tensor_class(self.param) is None
+    def plain(self) -> bool:
+        """Whether it holds real numbers, stored as they are."""
+        return self.param.is_floating_point() and _tensor_class(self.param) is None
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,10 @@ class _Use:
     @property
     def name(self) -> str:
         return f"{self.module_name}.{self.attribute}" if self.module_name else self.attribute
+
+    @property
+    def is_bias(self) -> bool:
+        return "bias" in self.attribute
 
 
 def inspect_model(model: nn.Module) -> list[ParamInfo]:
@@ -94,56 +102,59 @@ def _inspect(param: nn.Parameter, uses: list[_Use], *, is_head: bool, is_adapter
             f"parameter {first.name!r} has no shape yet: it belongs to a lazy module. Run one forward pass first."
         )
     shape = tuple(getattr(param, "ds_shape", param.shape))  # DeepSpeed's ZeRO-3 empties the parameter itself
-    linear, kind = _kind(param, shape, uses, is_head=is_head, is_adapter=is_adapter)
     names, exact_names = set(), set()
     for use in uses:
         names |= {use.name, use.module_name} - {""}
-        exact_names |= {use.name, use.module_name, use.module_name.rpartition(".")[2]} - {""}
+        exact_names.add(use.name)
+        if not use.is_bias:  # who names a module means its weights: 'experts', but not their biases (number, columns)
+            exact_names |= {use.module_name, use.module_name.rpartition(".")[2]} - {""}
         if use.attribute not in ("weight", "bias"):
             exact_names.add(use.attribute)
     return ParamInfo(
         name=first.name,
         param=param,
         shape=shape,
-        linear=linear,
-        kind=kind,
-        decay=len(shape) > 1 and not any(_is_norm(use.module) or "bias" in use.attribute for use in uses),
+        kind=_kind(param, shape, uses, is_head=is_head, is_adapter=is_adapter),
+        flatten=len(shape) > 2 and any(_is_convolution(use.module) for use in uses),
+        decay=len(shape) > 1 and not any(_is_norm(use.module) or use.is_bias for use in uses),
         names=frozenset(names),
         exact_names=frozenset(exact_names),
     )
 
 
-def _kind(
-    param: nn.Parameter, shape: tuple[int, ...], uses: list[_Use], *, is_head: bool, is_adapter: bool
-) -> tuple[bool, str]:
-    """Whether the parameter is a linear layer's weight that may be projected, and what it is.
+def _kind(param: nn.Parameter, shape: tuple[int, ...], uses: list[_Use], *, is_head: bool, is_adapter: bool) -> str:
+    """What the parameter is; see `ParamInfo`.
 
     One use decides for all: a weight shared by an embedding and the head is an embedding.
     """
     if is_adapter:
-        return False, "adapter"
+        return "adapter"
     if any(_is_embedding(use.module) for use in uses):
         tied = any(not _is_embedding(use.module) for use in uses)
-        return False, "embedding, tied" if tied else "embedding"
+        return "embedding, tied" if tied else "embedding"
     if any(_is_norm(use.module) for use in uses):
-        return False, "norm"
+        return "norm"
+    if uses[0].is_bias:
+        return "bias"
     if len(shape) < 2:
-        return False, "bias" if "bias" in uses[0].attribute else "vector"
-    if any(isinstance(use.module, nn.modules.conv._ConvNd) for use in uses):
-        return False, "convolution"
-    if len(shape) > 2:
-        return False, f"{len(shape)}-D"
+        return "vector"
     if not param.is_floating_point():
-        return False, "quantised" if not param.is_complex() else "complex"
+        return "quantised" if not param.is_complex() else "complex"
     tensor_class = _tensor_class(param)
     if tensor_class is not None:
-        return False, f"stored as {tensor_class}"
+        return f"stored as {tensor_class}"
+    if any(_is_convolution(use.module) for use in uses):
+        return "convolution"
+    if len(shape) == 3 and shape[0] > 1 and all(_holds_experts(use) for use in uses):
+        return "experts"
+    if len(shape) > 2:
+        return f"{len(shape)}-D"
     if is_head:
-        return False, "head"
+        return "head"
     for use in uses:
         if not _is_linear_weight(use):
-            return False, f"in {type(use.module).__name__}"
-    return True, "linear"
+            return f"in {type(use.module).__name__}"
+    return "linear"
 
 
 def _is_linear_weight(use: _Use) -> bool:
@@ -151,6 +162,21 @@ def _is_linear_weight(use: _Use) -> bool:
         return use.attribute in _ATTENTION_WEIGHTS
     is_linear = isinstance(use.module, nn.Linear) or _is_a(use.module, "Conv1D", package="transformers")
     return is_linear and use.attribute == "weight"
+
+
+def _holds_experts(use: _Use) -> bool:
+    """Whether three-dimensional weights of this module are stacked experts (number, rows, columns).
+
+    Its own name, its class or a base class must say "expert" (MixtralExperts, GroupedExperts, JetMoeParallelExperts),
+    or begin or end with "moe" (MoELayer, block_sparse_moe). "Moe" in the middle tells nothing: families of models have
+    it in the name of every class (Qwen3MoeAttention). Nor does (1, n, d), as of the positions of a model named MoEViT.
+    """
+    names = [use.module_name.rpartition(".")[2], *(c.__name__ for c in type(use.module).__mro__)]
+    return any(_EXPERTS.search(name) for name in names)
+
+
+def _is_convolution(module: nn.Module) -> bool:
+    return isinstance(module, nn.modules.conv._ConvNd)
 
 
 def _is_embedding(module: nn.Module) -> bool:

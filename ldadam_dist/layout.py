@@ -6,11 +6,16 @@ is m×n and the projector m×r. Nothing here communicates; a process group is ca
 
 from __future__ import annotations
 
+import functools
+import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
+
+Bounds = tuple[int, int]
+"""(start, stop) of a piece of a dimension."""
 
 
-def chunk_bounds(length: int, parts: int) -> list[tuple[int, int]]:
+def chunk_bounds(length: int, parts: int) -> list[Bounds]:
     """Bounds of the pieces into which `torch.chunk` and DTensor's `Shard` cut a dimension; trailing ones may be empty.
 
     Args:
@@ -24,25 +29,93 @@ def chunk_bounds(length: int, parts: int) -> list[tuple[int, int]]:
 
 
 @dataclass(frozen=True)
+class Pieces:
+    """A dimension cut over a group.
+
+    Attributes:
+        bounds: (start, stop) of the piece of each group rank.
+        longest: the longest piece.
+        regular: the pieces lie one after the other, all as long as the longest until the dimension ends.
+    """
+
+    bounds: tuple[Bounds, ...]
+    longest: int
+    regular: bool
+
+
+@functools.cache
+def cut(length: int, cuts: tuple[int, ...], order: tuple[int, ...] | None = None) -> Pieces:
+    """Cut a dimension several times: into `cuts[0]` chunks, each of these into `cuts[1]`, and so on.
+
+    Args:
+        length: extent of the dimension.
+        cuts: number of chunks, the outermost cut first.
+        order: which of the pieces each group rank has; None: they are numbered alike.
+    """
+    bounds = [(0, length)]
+    for parts in cuts:
+        bounds = [(start + a, start + b) for start, stop in bounds for a, b in chunk_bounds(stop - start, parts)]
+    if order is not None:
+        bounds = [bounds[position] for position in order]
+    longest = max(stop - start for start, stop in bounds)
+    regular = all(start == min(p * longest, length) for p, (start, _) in enumerate(bounds))
+    return Pieces(tuple(bounds), longest, regular)
+
+
+@dataclass(frozen=True)
 class Axis:
     """The group of processes over which one dimension of a matrix is cut.
 
     Attributes:
-        count: number of shards; 1 means that the dimension is whole here.
-        index: this process's place among them.
-        group: the process group, opaque and hashable; equal groups must be equal objects. None where count is 1.
+        cuts: number of chunks of each cut, the outermost first: (8,) for one mesh dimension, (2, 8) for two. Empty
+            where the dimension is whole.
+        index: this process's rank in the group.
+        group: the process group, opaque and hashable; equal groups must be equal objects. None where nothing is cut.
+        order: which of the pieces, in the order of the cuts, each group rank has; None: they are numbered alike.
     """
 
-    count: int = 1
+    cuts: tuple[int, ...] = ()
     index: int = 0
     group: Any = None
+    order: tuple[int, ...] | None = None
 
-    def bounds(self, length: int) -> tuple[int, int]:
-        """This process's part (start, stop) of a dimension that is `length` long over the whole group."""
-        return chunk_bounds(length, self.count)[self.index]
+    @property
+    def count(self) -> int:
+        """Number of processes."""
+        return math.prod(self.cuts)
+
+    def pieces(self, length: int) -> Pieces:
+        """The pieces, by group rank, of a dimension that is `length` long over the whole group."""
+        return cut(length, self.cuts, self.order)
+
+    def bounds(self, length: int) -> Bounds:
+        """This process's piece."""
+        return self.pieces(length).bounds[self.index]
 
 
 WHOLE = Axis()
+
+Place = tuple[int, int]
+"""A process that shares a matrix: its group ranks over the projected and over the kept dimension."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of the tensors of a matrix, and how a process's part of it is cut out.
+
+        "block"      m × n, cut in both dimensions like the block that is stepped
+        "rows"       m × any, the rows of the block, all columns
+        "projector"  m × r, stored rows
+        "moments"    r × n, stored columns
+
+    Attributes:
+        kind: which of these.
+        rows, columns: extent of the whole.
+    """
+
+    kind: Literal["block", "rows", "projector", "moments"]
+    rows: int
+    columns: int
 
 
 @dataclass(frozen=True)
@@ -56,9 +129,10 @@ class MatrixLayout:
         m, n: global extent of the projected and of the kept dimension.
         rank: number of directions r that the projector keeps, at most min(m, n).
         over_m, over_n: the groups that cut the projected and the kept dimension.
-        replicated: the shards of `over_n` are replicas: each holds the whole weight, steps its own slice of the kept
-            dimension, and the update's low-rank factor is gathered.
-        m_range, n_range: this process's (start, stop) of either dimension; that is the block it steps.
+        replicas: the innermost cuts of `over_n` are by processes that hold the same weights: each of them steps its
+            own slice of the kept dimension, and the update's low-rank factor is gathered over this group.
+        m_range, n_range: this process's bounds of either dimension; that is the block it steps.
+        weight_range: the bounds of the kept dimension that its weights cover; more than n_range under replicas.
     """
 
     m: int
@@ -66,23 +140,32 @@ class MatrixLayout:
     rank: int
     over_m: Axis = WHOLE
     over_n: Axis = WHOLE
-    replicated: bool = False
-    m_range: tuple[int, int] = field(init=False)
-    n_range: tuple[int, int] = field(init=False)
+    replicas: Axis = WHOLE
+    m_range: Bounds = field(init=False, compare=False)
+    n_range: Bounds = field(init=False, compare=False)
+    weight_range: Bounds = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
+        shards = cut(self.n, self.over_n.cuts[: len(self.over_n.cuts) - len(self.replicas.cuts)])
+        position = self.over_n.index if self.over_n.order is None else self.over_n.order[self.over_n.index]
         object.__setattr__(self, "m_range", self.over_m.bounds(self.m))
         object.__setattr__(self, "n_range", self.over_n.bounds(self.n))
+        object.__setattr__(self, "weight_range", shards.bounds[position // self.replicas.count])
+
+    @property
+    def processes(self) -> int:
+        """Number of processes that share the matrix."""
+        return self.over_m.count * self.over_n.count
 
     @property
     def whole(self) -> bool:
         """Whether nobody shares the matrix."""
-        return self.over_m.count == self.over_n.count == 1
+        return self.processes == 1
 
     @property
-    def shared_over(self) -> Axis:
-        """The axis over which the matrix is cut, if it is one; an axis of one process where the matrix is whole."""
-        return self.over_m if self.over_m.count > 1 else self.over_n
+    def place(self) -> Place:
+        """This process."""
+        return self.over_m.index, self.over_n.index
 
     @property
     def m_local(self) -> int:
@@ -95,11 +178,46 @@ class MatrixLayout:
         return self.n_range[1] - self.n_range[0]
 
     @property
-    def stored_rows(self) -> tuple[int, int]:
-        """(start, stop) within the block's rows: the projector rows stored here."""
+    def weight_columns(self) -> int:
+        """Columns of the weight held here."""
+        return self.weight_range[1] - self.weight_range[0]
+
+    @property
+    def shard_elements(self) -> int:
+        """Elements of the largest block: unlike this process's own, the same on every one."""
+        return self.over_m.pieces(self.m).longest * self.over_n.pieces(self.n).longest
+
+    @property
+    def stored_rows(self) -> Bounds:
+        """Bounds, within the block's rows, of the projector rows stored here."""
         return self.over_n.bounds(self.m_local)
 
     @property
-    def stored_columns(self) -> tuple[int, int]:
-        """(start, stop) within the block's columns: the moments' columns stored here."""
+    def stored_columns(self) -> Bounds:
+        """Bounds, within the block's columns, of the moments' columns stored here."""
         return self.over_m.bounds(self.n_local)
+
+    @property
+    def slice_in_weight(self) -> Bounds:
+        """Bounds, within the weight's columns, of the block stepped here."""
+        return self.n_range[0] - self.weight_range[0], self.n_range[1] - self.weight_range[0]
+
+    def bounds(self, part: Part, place: Place) -> tuple[Bounds, Bounds]:
+        """Bounds, in rows and in columns, of what the process at `place` has of a part."""
+        i, j = place
+        rows, columns = (0, part.rows), (0, part.columns)
+        if part.kind != "moments":
+            rows = self.over_m.pieces(part.rows).bounds[i]
+        if part.kind == "projector":
+            rows = _within(rows, self.over_n, j)
+        if part.kind in ("block", "moments"):
+            columns = self.over_n.pieces(part.columns).bounds[j]
+        if part.kind == "moments":
+            columns = _within(columns, self.over_m, i)
+        return rows, columns
+
+
+def _within(outer: Bounds, axis: Axis, index: int) -> Bounds:
+    """The piece of `outer` that rank `index` of an axis has."""
+    start, stop = axis.pieces(outer[1] - outer[0]).bounds[index]
+    return outer[0] + start, outer[0] + stop

@@ -14,22 +14,14 @@ from torch.optim import Optimizer
 from ldadam_dist import arguments
 from ldadam_dist.adamw import Vector, adamw_step
 from ldadam_dist.adapters import Adapter, adapter_for
-from ldadam_dist.buckets import Matrix, assign_owners, batches, load_block, store_block
-from ldadam_dist.gradients import MISSING, UNUSABLE, ZERO, Entry, inspect_gradients
-from ldadam_dist.rules import (
-    DEFAULT_RANK,
-    compute_dtype,
-    is_low_rank,
-    oriented_shape,
-    projected_side,
-    stored_error_dtype,
-)
-from ldadam_dist.runtime import Job, run
-from ldadam_dist.step import Hyper, ldadam_step
-
-EXACT_INIT_SIZE = 256
-"""With projector_init="auto", the first projector comes from an SVD if the smaller dimension of the matrix is at most
-this, and from a randomised subspace iteration if it is larger."""
+from ldadam_dist.consistency import check_ranks_agree
+from ldadam_dist.entries import MISSING, UNUSABLE, ZERO, Entry
+from ldadam_dist.gradients import inspect_gradients
+from ldadam_dist.lowrank import plan_windows, step_matrices
+from ldadam_dist.placement import Placement, placement
+from ldadam_dist.plan import WINDOW_ELEMENTS, Unit
+from ldadam_dist.rules import DEFAULT_RANK, is_low_rank, matrices_of
+from ldadam_dist.state import init_state
 
 
 class LDAdamW(Optimizer):
@@ -40,17 +32,20 @@ class LDAdamW(Optimizer):
     lost goes back into the error; Adam's direction in the subspace moves the weight. Every parameter that is not a
     matrix larger than `rank` in both dimensions is stepped by `torch.optim.AdamW`'s own implementation.
 
-    Sharded parameters (DTensors of FSDP2's `fully_shard`) keep projector, moments and error sharded, with the numbers
-    of one device. State of a low-rank parameter, created at the first step: `step`, `exp_avg` and `exp_avg_sq`
-    (r, n), `projector` (m, r), `error` (the parameter's shape); m is the projected dimension, n the kept one.
+    DTensor parameters (of FSDP2, HSDP, tensor parallelism or any mix) have projector, moments and error partitioned
+    over their whole mesh, with the numbers of one device; docs/sharding.md says how. State of a low-rank parameter,
+    created at the first step: `step`, `exp_avg` and `exp_avg_sq` (r, n), `projector` (m, r), `error` (the matrix's
+    shape); m is the projected dimension, n the kept one. A 3-D parameter (E, rows, columns) is a stack of E matrices,
+    as of experts: its states have E in front, `step` too, as each matrix starts with its own first gradient.
 
     A step in which any gradient is not finite is skipped on every rank: nothing changes, `skipped_steps` counts it
     and a warning tells. A matrix starts with its first gradient that is not zero everywhere.
 
     Args:
         params: parameters, (name, parameter) pairs or group dicts, such as `build_param_groups` returns. Group keys are
-            the hyperparameters below and `enable_lowrank` (default True; False gives the group to AdamW; a matrix
-            in a group that sets it to True must be larger than its rank).
+            the hyperparameters below, `enable_lowrank` (default True; False gives the group to AdamW; a matrix
+            in a group that sets it to True must be larger than its rank) and `flatten` (default False; True sees a
+            parameter of three dimensions or more as one matrix (shape[0], rest), as of a convolution).
         lr: learning rate.
         betas: decay rates of the two moments.
         eps: added to the root of the second moment.
@@ -67,10 +62,13 @@ class LDAdamW(Optimizer):
             the parameter's own (float32 for float16). The mathematics is always in float32 at least.
         process_group: group over which plain (not DTensor) parameters are replicas with equal gradients, as under
             DDP: their states are then partitioned over it. Without it each process steps them whole.
+        communication: how a shared matrix is stepped: "lowrank", on its shards, which exchange low-rank factors;
+            "gather", brought to the rank that owns it; "auto", as moves fewer elements. The numbers are the same.
+        window_elements: elements of matrices in flight together on a rank; bounds the transient memory of a step.
 
     Raises:
-        ValueError: a hyperparameter out of range, arguments of another optimizer, flattened parameters, or nothing to
-            project.
+        ValueError: a hyperparameter out of range, arguments of another optimizer, flattened parameters, placements that
+            are not supported, or nothing to project.
     """
 
     def __init__(
@@ -89,14 +87,20 @@ class LDAdamW(Optimizer):
         projector_init: str = "auto",
         error_dtype: str | torch.dtype | None = None,
         process_group: Any | None = None,
+        communication: str = "auto",
+        window_elements: int = WINDOW_ELEMENTS,
         **unknown: Any,
     ) -> None:
         arguments.refuse_foreign(list(unknown))
         if unknown:
             raise TypeError(f"LDAdamW got an unexpected keyword argument {next(iter(unknown))!r}")
+        arguments.check_window(window_elements)
         self.skipped_steps = 0
         self._process_group = process_group
+        self._window = window_elements
         self._adapters: dict[Any, Adapter] = {}
+        self._plan: tuple[Any, list[list[Unit]]] | None = None
+        self._ranks_agree = False
         defaults = dict(
             lr=lr,
             betas=betas,
@@ -110,6 +114,8 @@ class LDAdamW(Optimizer):
             projector_init=projector_init,
             error_dtype=error_dtype,
             enable_lowrank=True,
+            flatten=False,
+            communication=communication,
         )
         super().__init__(params, defaults)
         arguments.check_projects([(e.name, e.param, e.group) for e in self._entries()])
@@ -125,14 +131,20 @@ class LDAdamW(Optimizer):
                 "an LDAdamW with process_group= cannot be copied or pickled, as a process group does not travel. "
                 "Use state_dict() and build the other optimizer with its own group."
             )
-        return {**super().__getstate__(), "skipped_steps": self.skipped_steps}
+        return {**super().__getstate__(), "skipped_steps": self.skipped_steps, "_window": self._window}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a pickled or copied optimizer."""
         super().__setstate__(state)
         self.__dict__.setdefault("skipped_steps", 0)
+        self.__dict__.setdefault("_window", WINDOW_ELEMENTS)
         self.__dict__.setdefault("_process_group", None)
         self.__dict__.setdefault("_adapters", {})
+        self.__dict__.setdefault("_plan", None)
+        self.__dict__.setdefault("_ranks_agree", False)
+        for group in self.param_groups:
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as `torch.optim.Optimizer.add_param_group`.
@@ -143,6 +155,7 @@ class LDAdamW(Optimizer):
         required = param_group.get("enable_lowrank") is True
         super().add_param_group(dict(param_group))  # the caller's stays as it is
         try:
+            self._ranks_agree = False
             group = self.param_groups[-1]
             if isinstance(group["error_dtype"], torch.dtype):  # kept as text: plain data for checkpoints
                 group["error_dtype"] = str(group["error_dtype"]).removeprefix("torch.")
@@ -151,7 +164,7 @@ class LDAdamW(Optimizer):
             named = list(zip(_names(group, len(self.param_groups) - 1), group["params"], strict=True))
             arguments.check_params(named, group, required)
             for name, param in named:
-                self._adapter(param, name)
+                self._adapter(param, name, group["flatten"]).check(param, name)
         except Exception:
             self.param_groups.pop()
             raise
@@ -167,6 +180,8 @@ class LDAdamW(Optimizer):
         Raises:
             ValueError: a sparse gradient, a parameter on the meta device, or a group whose rank was changed after the
                 first step; nothing has changed then.
+            RuntimeError: ranks have different parameters or settings, found at the first step; or a gradient that must
+                be redistributed is missing on some rank. Nothing has changed then either.
         """
         loss = None
         if closure is not None:
@@ -176,10 +191,16 @@ class LDAdamW(Optimizer):
         entries = list(self._entries())
         for entry in entries:
             arguments.check_grad(entry.name, entry.param)
-            arguments.check_unchanged(entry.name, entry.low_rank, entry.group, self.state.get(entry.param, {}))
+            arguments.check_storage(entry.name, entry.adapter.local(entry.param), entry.group["flatten"])
+            arguments.check_unchanged(
+                entry.name, entry.matrices is not None, entry.group, self.state.get(entry.param, {})
+            )
+        if not self._ranks_agree:
+            check_ranks_agree(entries, self._window)
+            self._ranks_agree = True
         unusable = inspect_gradients(entries)
         for entry in entries:
-            self._init_state(entry)
+            init_state(entry, self.state[entry.param])
 
         if unusable:
             self.skipped_steps += 1
@@ -193,9 +214,18 @@ class LDAdamW(Optimizer):
             )
             return loss
 
-        self._step_vectors([e for e in entries if not e.low_rank and e.status != MISSING])
-        self._step_matrices([e for e in entries if e.low_rank and e.status != MISSING])
+        self._step_vectors([e for e in entries if e.matrices is None and e.status != MISSING])
+        matrices = [entry for entry in entries if entry.matrices is not None]
+        step_matrices(matrices, self.state, self._windows(matrices))
         return loss
+
+    def placement(self) -> Placement:
+        """Where every parameter's states are, who owns its matrices, how it is stepped and what that moves.
+
+        `print(optimizer.placement())` gives a table. It asks no other rank, before the first step and after.
+        """
+        entries = list(self._entries())
+        return placement(entries, self._windows([entry for entry in entries if entry.matrices is not None]))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state, as `torch.optim.Optimizer.load_state_dict`, but keep every tensor's dtype.
@@ -213,7 +243,7 @@ class LDAdamW(Optimizer):
             if len(entries) == len(groups):  # otherwise torch says what differs
                 for entry, (group, number) in zip(entries, groups, strict=True):
                     state = saved["state"].get(number, {})
-                    sharded = bool(entry.adapter.groups)
+                    sharded = entry.adapter.sharded
                     arguments.check_state(entry.name, entry.param, entry.group, group, state, sharded)
                     loaded.append((entry, state))
 
@@ -239,34 +269,26 @@ class LDAdamW(Optimizer):
         for i, group in enumerate(self.param_groups):
             for name, param in zip(_names(group, i), group["params"], strict=True):
                 if param.requires_grad or not trainable_only:
-                    low_rank = is_low_rank(param.shape, group["rank"], group["enable_lowrank"])
-                    yield Entry(name, param, group, self._adapter(param, name), low_rank)
+                    settings = group["rank"], group["enable_lowrank"], group["flatten"]
+                    matrices = (
+                        matrices_of(param.shape, group["flatten"]) if is_low_rank(param.shape, *settings) else None
+                    )
+                    yield Entry(name, param, group, self._adapter(param, name, group["flatten"]), matrices)
 
-    def _adapter(self, param: Tensor, name: str) -> Adapter:
-        key = (getattr(param, "device_mesh", None), getattr(param, "placements", None), param.device.type)
+    def _adapter(self, param: Tensor, name: str, flatten: bool) -> Adapter:
+        where = (getattr(param, "device_mesh", None), getattr(param, "placements", None), param.device)
+        key = (*where, param.ndim, flatten)
         if key not in self._adapters:
-            self._adapters[key] = adapter_for(param, self._process_group, name)
+            self._adapters[key] = adapter_for(param, self._process_group, name, flatten)
         return self._adapters[key]
 
-    def _init_state(self, entry: Entry) -> None:
-        """Create what is missing of a parameter's state, without a gradient too: checkpoints want it for every one."""
-        param, adapter, state = entry.param, entry.adapter, self.state[entry.param]
-        if not state:
-            state["step"] = torch.tensor(0.0, dtype=torch.float32, device="cpu")  # whatever the defaults
-            if entry.low_rank:
-                m, n = oriented_shape(param.shape, entry.group["proj_type"])
-                rank, dtype = entry.group["rank"], compute_dtype(param.dtype)
-                state["exp_avg"] = adapter.zeros(param, (rank, n), 1, dtype)
-                state["exp_avg_sq"] = adapter.zeros(param, (rank, n), 1, dtype)
-                state["projector"] = adapter.zeros(param, (m, rank), 0, dtype)
-            else:
-                state["exp_avg"] = torch.zeros_like(param, memory_format=torch.preserve_format)
-                state["exp_avg_sq"] = torch.zeros_like(param, memory_format=torch.preserve_format)
-        if entry.low_rank and entry.group["error_feedback"] and "error" not in state:
-            kept_dim = 1 if projected_side(param.shape, entry.group["proj_type"]) == "left" else 0
-            state["error"] = adapter.zeros_like(
-                param, kept_dim, stored_error_dtype(param.dtype, entry.group["error_dtype"])
-            )
+    def _windows(self, entries: list[Entry]) -> list[list[Unit]]:
+        """The plan of the matrices; made anew when they or their settings change."""
+        keys = ("rank", "proj_type", "proj_method", "error_feedback", "communication")
+        made_of = tuple((e.adapter, e.matrices, *(e.group[key] for key in keys)) for e in entries)
+        if self._plan is None or self._plan[0] != made_of:
+            self._plan = made_of, plan_windows(entries, self._window)
+        return self._plan[1]
 
     def _step_vectors(self, entries: list[Entry]) -> None:
         for _, members in itertools.groupby(entries, key=lambda entry: id(entry.group)):  # entries come group by group
@@ -286,82 +308,7 @@ class LDAdamW(Optimizer):
                 weight_decay=group["weight_decay"],
             )
 
-    def _step_matrices(self, entries: list[Entry]) -> None:
-        moving = []
-        for entry in entries:
-            if entry.status == ZERO and self.state[entry.param]["step"] == 0:
-                # No direction yet to project on: only the weight decays.
-                entry.adapter.local(entry.param).mul_(1 - float(entry.group["lr"]) * entry.group["weight_decay"])
-            else:
-                moving.append(entry)
-        matrices = [self._matrix(entry) for entry in moving]
-        keys = [
-            (m.layout, _hyper(e), int(self.state[e.param]["step"]) + 1, compute_dtype(e.param.dtype), e.param.device)
-            for e, m in zip(moving, matrices, strict=True)
-        ]
-        owners = assign_owners([matrix.layout for matrix in matrices])
-        run(
-            self._job(
-                [moving[i] for i in batch], [matrices[i] for i in batch], keys[batch[0]], [owners[i] for i in batch]
-            )
-            for batch in batches(list(zip(keys, matrices, strict=True)))
-        )
-
-    def _matrix(self, entry: Entry) -> Matrix:
-        """Views of one parameter's storage, transposed for a right projection."""
-        local, state = entry.adapter.local, self.state[entry.param]
-        side = projected_side(entry.param.shape, entry.group["proj_type"])
-        layout = entry.adapter.layout(entry.param.shape, side, entry.group["rank"])
-
-        def oriented(tensor: Tensor) -> Tensor:
-            return tensor if side == "left" else tensor.mT
-
-        grad = oriented(entry.grad)
-        return Matrix(
-            layout=layout,
-            grad=grad[:, slice(*layout.n_range)] if layout.replicated else grad,
-            weight=oriented(local(entry.param)),
-            error=oriented(local(state["error"])) if entry.group["error_feedback"] else None,
-            projector=local(state["projector"]),
-            exp_avg=local(state["exp_avg"]),
-            exp_avg_sq=local(state["exp_avg_sq"]),
-        )
-
-    def _job(self, entries: list[Entry], matrices: list[Matrix], key: Any, owners: list[int]) -> Job:
-        layout, hyper, t, dtype, _ = key
-        block = None
-
-        def start() -> Any:
-            nonlocal block
-            block = load_block(matrices, dtype)
-            return ldadam_step(block, layout, hyper, t)
-
-        def finish(states: tuple[Tensor, Tensor, Tensor]) -> None:
-            assert block is not None
-            store_block(matrices, block, states)
-            for entry in entries:
-                self.state[entry.param]["step"] += 1
-
-        return Job(layout, tuple(owners), len(matrices) * matrices[0].shard_elements, start, finish)
-
 
 def _names(group: dict[str, Any], number: int) -> list[str]:
     """Names of a group's parameters for messages: their own, or their place."""
     return group.get("param_names") or [f"#{i} of group {number}" for i in range(len(group["params"]))]
-
-
-def _hyper(entry: Entry) -> Hyper:
-    group = entry.group
-    init, method = group["projector_init"], group["proj_method"]
-    small = min(entry.param.shape) <= EXACT_INIT_SIZE
-    exact = init == "svd" or (init == "auto" and (method == "svd" or (small and method != "svd_lowrank")))
-    return Hyper(
-        lr=float(group["lr"]),
-        betas=(float(group["betas"][0]), float(group["betas"][1])),
-        eps=group["eps"],
-        weight_decay=group["weight_decay"],
-        rho=group["rho"],
-        proj_method=method,
-        error_feedback=group["error_feedback"],
-        exact_init=exact,
-    )

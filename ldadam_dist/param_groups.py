@@ -20,11 +20,13 @@ from ldadam_dist.rules import (
     PROJ_TYPES,
     compute_dtype,
     is_low_rank,
+    matrices_of,
     oriented_shape,
     projected_side,
     stored_error_dtype,
 )
 from ldadam_dist.selection import Patterns, decide, nothing_projected
+from ldadam_dist.tables import format_bytes, format_percent, table
 
 
 def build_param_groups(
@@ -37,17 +39,21 @@ def build_param_groups(
     include: Patterns = None,
     exclude: Patterns = None,
     rank_pattern: Mapping[str, int] | None = None,
+    convolutions: bool = False,
     proj_type: str | None = None,
     named: bool = True,
 ) -> list[dict[str, Any]]:
-    """Groups for `LDAdamW` in which the weights of linear layers are projected and everything else gets AdamW.
+    """Groups for `LDAdamW` in which linear layers and stacked experts are projected and everything else gets AdamW.
 
     The modules decide: weights of `nn.Linear` (and subclasses), transformers' Conv1D and `nn.MultiheadAttention` are
-    projected, if they are larger than `rank` in both dimensions. Embeddings, the head (`get_output_embeddings()`, or a
-    linear layer named as one), norms, biases, LoRA and other PEFT adapters, convolutions, stacked experts and matrices
-    of modules that are none of these get AdamW. A tied parameter appears once, as an embedding if any use is one; a
-    frozen one is left out. The model may be wrapped by DistributedDataParallel or torch.compile, sharded by
-    `fully_shard`, or on the meta device: names have no wrapper's prefix and shapes are global.
+    projected, if they are larger than `rank` in both dimensions. So is each matrix of the experts that a mixture of
+    experts stacks in one parameter (number, rows, columns): the module that holds it says so by its own name or its
+    class ("experts", GroupedExperts, MixtralExperts, MoELayer). A router is as any other matrix: projected if it is an
+    `nn.Linear` for more than `rank` experts, AdamW if it is a parameter of a router's own module. Embeddings, the head
+    (`get_output_embeddings()`, or a linear layer named as one), norms, biases, LoRA and other PEFT adapters,
+    convolutions, and parameters of modules that are none of these get AdamW. A tied parameter appears once, as an
+    embedding if any use is one; a frozen one is left out. The model may be wrapped by DistributedDataParallel or
+    torch.compile, sharded by `fully_shard`, or on the meta device: names have no wrapper's prefix, shapes are global.
 
     Args:
         model: the model. Build the groups after `fully_shard`, which replaces parameters.
@@ -58,31 +64,39 @@ def build_param_groups(
         include: project only what this matches. A list holds names, parts of names or regular expressions for whole
             names, of parameters or modules; a single string is one such regular expression; "all-linear" is the
             default. An entry that is the name of a parameter or its module, in full or its last part ("lm_head"),
-            also projects what the rules above would give to AdamW.
+            also projects what the rules above would give to AdamW: a matrix, a parameter of three dimensions as a
+            stack of matrices, a convolution. Biases are not meant by the name of their module.
         exclude: give AdamW to what this matches, in the same forms; stronger than `include`.
         rank_pattern: ranks by pattern, {"down_proj": 64}; the first that matches counts.
+        convolutions: project convolutions too, each as one matrix (shape[0], product of the rest): a row is an output
+            channel, or for a transposed convolution an input channel.
         proj_type: put into the groups of matrices; None leaves it to the optimizer.
         named: `params` holds (name, parameter) pairs, so that errors and state dicts can name parameters. False gives
             bare parameters, for libraries that read groups before the optimizer does.
     Returns:
         Groups with `params`, `enable_lowrank` and, where they are known, `rank`, `lr`, `weight_decay` and `proj_type`:
-        one group of matrices for each rank, then the rest with and without weight decay; no group is empty.
+        one group of matrices for each rank, with `flatten` one of convolutions, then the rest with and without weight
+        decay; no group is empty.
     """
     if proj_type is not None and proj_type not in PROJ_TYPES:
         raise ValueError(f"proj_type={proj_type!r} is unknown. Choose one of {', '.join(map(repr, PROJ_TYPES))}.")
-    decisions = decide(model, rank=rank, include=include, exclude=exclude, rank_pattern=rank_pattern)
+    decisions = decide(
+        model, rank=rank, include=include, exclude=exclude, rank_pattern=rank_pattern, convolutions=convolutions
+    )
     if not any(d.low_rank for d in decisions):
         raise nothing_projected(decisions)
 
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     trainable = [d for d in decisions if not d.frozen]
     order = sorted(
-        trainable, key=lambda d: (not d.low_rank, d.low_rank and d.named_rank and d.rank != rank, not d.info.decay)
+        trainable,
+        key=lambda d: (not d.low_rank, d.low_rank and d.named_rank and d.rank != rank, d.flatten, not d.info.decay),
     )
     for decision in order:
         info = decision.info
         said = {
             "rank": decision.rank if decision.low_rank and decision.named_rank else rank,
+            "flatten": decision.flatten or None,
             "weight_decay": weight_decay if info.decay else 0.0,
         }
         group = groups.setdefault(
@@ -129,15 +143,18 @@ def describe(
     line ('layers.*.mlp.up_proj.weight × 24').
 
         LDAdamW   (m·r + 2·r·n) elements of float32 (float64 for float64 parameters), with error feedback m·n more in
-                  its dtype, m the projected and n the kept dimension
+                  its dtype, m the projected and n the kept dimension; of a stack, for each of its matrices
         AdamW     2·m·n elements in the parameter's dtype
+
+    The columns of a convolution are all its dimensions but the first.
 
     Args:
         target: a model, parameter groups as `build_param_groups` returns them, or an optimizer.
         verbose: one line for each parameter.
         proj_type, error_feedback, error_dtype: as given to LDAdamW; by default what groups or optimizer say, or else
             "std", True and the parameter's dtype (float32 for float16).
-        options: for a model, the arguments of `build_param_groups` (rank, include, exclude, rank_pattern).
+        options: for a model, the arguments of `build_param_groups` (rank, include, exclude, rank_pattern,
+            convolutions).
     """
     settings = {"proj_type": proj_type, "error_feedback": error_feedback, "error_dtype": error_dtype}
     frozen = None
@@ -146,7 +163,7 @@ def describe(
             options.pop(unused, None)
         decisions = decide(target, **options)
         rows = [
-            _row(d.info.name, d.info.param, d.info.shape, d.rank, d.low_rank, d.why, settings)
+            _row(d.info.name, d.info.param, d.info.shape, d.rank, d.why, {**settings, "flatten": d.flatten})
             for d in decisions
             if not d.frozen
         ]
@@ -168,7 +185,9 @@ def _group_rows(target: torch.optim.Optimizer | Iterable[Any], settings: dict[st
         if not isinstance(group, Mapping):
             raise TypeError(f"expected a model, an optimizer or a list of group dicts, found {type(group).__name__}.")
         said = {**defaults, **group}
+        flatten = bool(said.get("flatten", False))
         known = {key: said.get(key) if value is None else value for key, value in settings.items()}
+        known["flatten"] = flatten
         names = group.get("param_names")
         # Groups that say nothing of a projection are not LDAdamW's, and nothing of them is projected.
         rank, enabled = int(said.get("rank", DEFAULT_RANK)), bool(said.get("enable_lowrank", "rank" in said))
@@ -177,10 +196,13 @@ def _group_rows(target: torch.optim.Optimizer | Iterable[Any], settings: dict[st
             name, param = item if isinstance(item, tuple) else (names[index] if names else f"[{len(rows)}]", item)
             shape = tuple(getattr(param, "ds_shape", param.shape))
             why = ""
-            if not is_low_rank(shape, rank, enabled):
-                not_matrix = "vector" if len(shape) < 2 else f"{len(shape)}-D" if len(shape) > 2 else ""
-                why = not_matrix or (f"rank {rank} ≥ {min(shape)}" if enabled else "by its group")
-            rows.append(_row(name, param, shape, rank, not why, why, known))
+            if not is_low_rank(shape, rank, enabled, flatten):
+                matrices = matrices_of(shape, flatten)
+                if matrices is None:
+                    why = "vector" if len(shape) < 2 else f"{len(shape)}-D"
+                else:
+                    why = f"rank {rank} ≥ {min(matrices[1:])}" if enabled else "by its group"
+            rows.append(_row(name, param, shape, rank, why, known))
     return rows
 
 
@@ -189,20 +211,21 @@ def _row(
     param: torch.Tensor,
     shape: tuple[int, ...],
     rank: int,
-    low_rank: bool,
     why: str,
     settings: Mapping[str, Any],
 ) -> _Row:
-    item = param.dtype.itemsize
-    adamw_bytes = 2 * math.prod(shape) * item
-    if not low_rank:
+    """The line of one parameter; `why` says why it gets AdamW, empty if it gets LDAdamW."""
+    adamw_bytes = 2 * math.prod(shape) * param.dtype.itemsize
+    matrices = matrices_of(shape, settings["flatten"])
+    if why or matrices is None:
         return _Row(name, shape, param.dtype, f"AdamW: {why}", "", None, adamw_bytes, adamw_bytes)
+    number, *matrix = matrices
     proj_type = settings["proj_type"] or "std"
-    m, n = oriented_shape(shape, proj_type)
-    state_bytes = (m * rank + 2 * rank * n) * compute_dtype(param.dtype).itemsize
+    m, n = oriented_shape(matrix, proj_type)
+    state_bytes = number * (m * rank + 2 * rank * n) * compute_dtype(param.dtype).itemsize
     if settings["error_feedback"] is None or settings["error_feedback"]:
-        state_bytes += m * n * stored_error_dtype(param.dtype, settings["error_dtype"]).itemsize
-    side = "rows" if projected_side(shape, proj_type) == "left" else "columns"
+        state_bytes += math.prod(shape) * stored_error_dtype(param.dtype, settings["error_dtype"]).itemsize
+    side = "rows" if projected_side(matrix, proj_type) == "left" else "columns"
     return _Row(name, shape, param.dtype, "LDAdamW", side, rank, state_bytes, adamw_bytes)
 
 
@@ -235,15 +258,12 @@ def _render(rows: list[_Row], frozen: list[int] | None) -> str:
             row.rule,
             row.side,
             str(row.rank or ""),
-            _bytes(row.state_bytes),
-            _percent(row.state_bytes, row.adamw_bytes),
+            format_bytes(row.state_bytes),
+            format_percent(row.state_bytes, row.adamw_bytes),
         )
         for row in rows
     ]
-    widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
-    align = "<><<>>>"
-    lines = ["  ".join(map(_pad, line, widths, align)).rstrip() for line in cells]
-    lines.insert(1, "-" * max(map(len, lines)))
+    lines = table(cells, "<><<>>>")
     lines.append(lines[1])
 
     elements = sum(math.prod(row.shape) * row.count for row in rows)
@@ -253,25 +273,9 @@ def _render(rows: list[_Row], frozen: list[int] | None) -> str:
         state, adamw = sum(row.state_bytes for row in part), sum(row.adamw_bytes for row in part)
         lines.append(
             f"{rule or 'total':8} {sum(row.count for row in part)} parameters, {number:,} elements "
-            f"({_percent(number, elements)}), state {_bytes(state)} against {_bytes(adamw)} of AdamW "
-            f"({_percent(state, adamw)})"
+            f"({format_percent(number, elements)}), state {format_bytes(state)} against {format_bytes(adamw)} of AdamW "
+            f"({format_percent(state, adamw)})"
         )
     if frozen:
         lines.append(f"frozen   {len(frozen)} parameters, {sum(frozen):,} elements, left out")
     return "\n".join(lines)
-
-
-def _pad(cell: str, width: int, align: str) -> str:
-    return f"{cell:{align}{width}}"
-
-
-def _bytes(number: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if number < 1024:
-            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
-        number /= 1024
-    return f"{number:.1f} TiB"
-
-
-def _percent(part: float, whole: float) -> str:
-    return f"{100 * part / whole:.1f} %" if whole else "-"

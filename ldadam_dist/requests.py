@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeAlias
 
 from torch import Tensor
 
-from ldadam_dist.layout import Axis
+from ldadam_dist.layout import Axis, Part
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,10 @@ class Sum:
     axis: Axis
     tensor: Tensor
 
+    def alone(self) -> Tensor:
+        """The answer where nobody shares the matrix; every request has it."""
+        return self.tensor
+
 
 @dataclass(frozen=True)
 class ScatterSum:
@@ -30,12 +34,15 @@ class ScatterSum:
     axis: Axis
     tensor: Tensor
 
+    def alone(self) -> Tensor:
+        return self.tensor
+
 
 @dataclass(frozen=True)
 class Gather:
     """Slices of dimension `dim`, put side by side. Answer: the whole tensor, on every process.
 
-    `length` is the extent of the whole; its slices are those of `chunk_bounds(length, axis.count)`.
+    `length` is the extent of the whole; its slices are those of `axis.pieces(length)`.
     """
 
     axis: Axis
@@ -43,27 +50,62 @@ class Gather:
     dim: Literal[-2, -1]
     length: int
 
+    def alone(self) -> Tensor:
+        return self.tensor
+
 
 @dataclass(frozen=True)
 class OnOwner:
-    """Bring each matrix together on the rank that owns it, apply `function` there, and give everyone their rows.
+    """Add up the parts of each matrix over the kept dimension, apply `function` on its owner, give all their rows.
 
     Attributes:
-        tensor: (b, m_local, k), this process's part.
-        combine: how the parts over the kept dimension make the whole: "sum" of partial sums, or "columns" side by
-            side. Parts over the projected dimension are always rows.
-        function: (c, m, K) -> (c, m, columns), for any batch size c.
+        tensor: (b, m_local, k), this process's summand of its rows.
+        function: (c, m, k) -> (c, m, columns), for any batch size c.
         columns: number of columns of the result.
 
     Answer: (b, m_local, columns), this process's rows of the results.
     """
 
     tensor: Tensor
-    combine: Literal["sum", "columns"]
     function: Callable[[Tensor], Tensor]
     columns: int
 
+    def alone(self) -> Tensor:
+        return self.function(self.tensor)
 
-Request: TypeAlias = Sum | ScatterSum | Gather | OnOwner
-Exchange: TypeAlias = Generator[Request, Tensor, Any]
+
+@dataclass(frozen=True)
+class Delegate:
+    """Put the tensors of each matrix together on its owner, apply `function` there, and cut up what it returns.
+
+    Attributes:
+        tensors: this process's parts, (b, rows, columns) each.
+        parts: which part of the whole each tensor is.
+        function: the whole tensors, (c, rows, columns) each, to whole results, for any batch size c.
+        returns: how each result is cut.
+
+    Answer: a tuple of this process's parts of the results.
+    """
+
+    tensors: tuple[Tensor, ...]
+    parts: tuple[Part, ...]
+    function: Callable[..., tuple[Tensor, ...]]
+    returns: tuple[Part, ...]
+
+    def alone(self) -> tuple[Tensor, ...]:
+        return self.function(*self.tensors)
+
+
+Request: TypeAlias = Sum | ScatterSum | Gather | OnOwner | Delegate
+Exchange: TypeAlias = Generator[Request, Any, Any]
 """A computation that yields requests, receives their answers and returns a result."""
+
+
+def alone(exchange: Exchange) -> Any:
+    """The result of a computation on matrices that nobody shares."""
+    answer = None
+    while True:
+        try:
+            answer = exchange.send(answer).alone()
+        except StopIteration as end:
+            return end.value

@@ -6,8 +6,9 @@ ranks that disagree here would wait for each other forever.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 
@@ -65,17 +66,66 @@ def oriented_shape(shape: Sequence[int], proj_type: str) -> tuple[int, int]:
     return (rows, columns) if projected_side(shape, proj_type) == "left" else (columns, rows)
 
 
-def is_low_rank(shape: Sequence[int], rank: int, enable_lowrank: bool = True) -> bool:
+def matrices_of(shape: Sequence[int], flatten: bool = False) -> tuple[int, int, int] | None:
+    """The equal matrices that a parameter is made of.
+
+        (rows, columns)             one matrix
+        (number, rows, columns)     a stack of matrices, as of experts
+        (rows, ...) with `flatten`  one matrix (rows, product of the rest), as of a convolution
+
+    Args:
+        shape: the global shape.
+        flatten: the group's setting; it concerns parameters of three dimensions or more.
+    Returns:
+        (number, rows, columns), or None if the parameter is no matrix.
+    """
+    if len(shape) == 2:
+        return 1, shape[0], shape[1]
+    if len(shape) > 2 and flatten:
+        return 1, shape[0], math.prod(shape[1:])
+    if len(shape) == 3:
+        return shape[0], shape[1], shape[2]
+    return None
+
+
+def is_low_rank(shape: Sequence[int], rank: int, enable_lowrank: bool = True, flatten: bool = False) -> bool:
     """Whether a parameter is stepped by LDAdam; every other one is stepped by AdamW.
 
     A projection onto `rank` directions saves something only for a matrix that is larger than that in both dimensions.
 
     Args:
         shape: the global shape.
-        rank: r, the number of directions kept.
-        enable_lowrank: the group's switch.
+        rank: r, the number of directions kept of each matrix.
+        enable_lowrank, flatten: the group's settings.
     """
-    return enable_lowrank and len(shape) == 2 and 0 < rank < min(shape)
+    matrices = matrices_of(shape, flatten)
+    return enable_lowrank and matrices is not None and matrices[0] > 0 and 0 < rank < min(matrices[1:])
+
+
+def state_shapes(shape: Sequence[int], group: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Global shapes of a parameter's state, of an error also where there is none.
+
+        AdamW               step (); exp_avg and exp_avg_sq like the parameter
+        matrix              step (); projector (m, r); exp_avg and exp_avg_sq (r, n); error (rows, columns)
+        stack of matrices   the same, with their number in front, `step` too
+
+    Args:
+        shape: the parameter's global shape.
+        group: its complete hyperparameters.
+    """
+    matrices = matrices_of(shape, group["flatten"])
+    rank = group["rank"]
+    if matrices is None or not is_low_rank(shape, rank, group["enable_lowrank"], group["flatten"]):
+        return {"step": (), "exp_avg": tuple(shape), "exp_avg_sq": tuple(shape)}
+    number = matrices[:1] if len(shape) > 2 and not group["flatten"] else ()
+    m, n = oriented_shape(matrices[1:], group["proj_type"])
+    return {
+        "step": number,
+        "projector": (*number, m, rank),
+        "exp_avg": (*number, rank, n),
+        "exp_avg_sq": (*number, rank, n),
+        "error": (*number, *matrices[1:]),
+    }
 
 
 def compute_dtype(param_dtype: torch.dtype) -> torch.dtype:

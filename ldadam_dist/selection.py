@@ -10,16 +10,19 @@ from dataclasses import dataclass
 from torch import nn
 
 from ldadam_dist.identity import ParamInfo, inspect_model
-from ldadam_dist.rules import DEFAULT_RANK, is_low_rank
+from ldadam_dist.rules import DEFAULT_RANK, is_low_rank, matrices_of
 
 Patterns = str | Iterable[str] | None
+
+PROJECTED_KINDS = frozenset({"linear", "experts"})
+"""Kinds of parameters that are projected unasked; see `ParamInfo.kind`."""
 
 
 @dataclass(frozen=True)
 class Decision:
     """What one parameter gets.
 
-    rank: the rank its matrix is, or would be, projected to.
+    rank: the rank that its matrices are, or would be, projected to.
     named_rank: whether that rank comes from rank_pattern.
     low_rank: LDAdamW; otherwise AdamW, or nothing when it is frozen.
     why: why not LDAdamW; empty if low_rank.
@@ -34,6 +37,11 @@ class Decision:
     @property
     def frozen(self) -> bool:
         return not self.info.param.requires_grad
+
+    @property
+    def flatten(self) -> bool:
+        """Whether its group must ask for flattening."""
+        return self.low_rank and self.info.flatten
 
 
 @dataclass(frozen=True)
@@ -61,6 +69,7 @@ def decide(
     include: Patterns = None,
     exclude: Patterns = None,
     rank_pattern: Mapping[str, int] | None = None,
+    convolutions: bool = False,
 ) -> list[Decision]:
     """One decision for each parameter of the model, frozen ones included; see `build_param_groups` for the arguments.
 
@@ -76,6 +85,7 @@ def decide(
     includes = [] if all_linear else _compile(include, "include")
     excludes = _compile(exclude, "exclude")
     ranks = _compile(list(rank_pattern or ()), "rank_pattern")
+    kinds = PROJECTED_KINDS | {"convolution"} if convolutions else PROJECTED_KINDS
 
     decisions = []
     for info in infos:
@@ -84,19 +94,20 @@ def decide(
         named = any(p.names(info) for p in includes)
         included = all_linear or any(p.matches(info) for p in includes)
         excluded = next((p for p in excludes if p.matches(info)), None)
+        matrix = _matrix(info)
         why = ""
         if not info.param.requires_grad:
             why = "frozen"
-        elif not info.is_matrix or not (info.linear or named):
+        elif matrix is None or not info.plain or not (info.kind in kinds or named):
             why = info.kind
         elif excluded:
             why = f"excluded by {excluded.text!r}"
         elif not included:
             why = "not in include"
-        elif not is_low_rank(info.shape, r):
+        elif not is_low_rank(info.shape, r, flatten=info.flatten):
             if includes or rank_match:
-                _raise_rank_too_large(info, r, "rank_pattern" if rank_match else "include")
-            why = f"rank {r} ≥ {min(info.shape)}"
+                _raise_rank_too_large(info, matrix, r, "rank_pattern" if rank_match else "include")
+            why = f"rank {r} ≥ {min(matrix)}"
         decisions.append(Decision(info, r, named_rank=rank_match is not None, low_rank=not why, why=why))
 
     for pattern in (*includes, *excludes, *ranks):
@@ -118,20 +129,26 @@ def nothing_projected(decisions: list[Decision]) -> ValueError:
     trainable = [d for d in decisions if not d.frozen]
     if not trainable:
         return ValueError("the model has no trainable parameter: found requires_grad=False on all of them.")
-    matrices = [d for d in trainable if len(d.info.shape) == 2]
+    matrices = [(matrix, d) for d in trainable if (matrix := _matrix(d.info))]
     if not matrices:
         return ValueError(
             f"none of the model's {len(trainable)} trainable parameters is a matrix: LDAdamW has nothing to project. "
             "Use torch.optim.AdamW."
         )
-    linear = [d for d in matrices if d.info.linear] or matrices
-    largest = max(linear, key=lambda d: (min(d.info.shape), max(d.info.shape)))
+    candidates = [(matrix, d) for matrix, d in matrices if d.info.kind in PROJECTED_KINDS] or matrices
+    _, largest = max(candidates, key=lambda candidate: sorted(candidate[0]))
     return ValueError(
         f"nothing of the model would be projected at rank={largest.rank}: its largest matrix is "
         f"{largest.info.name!r} of shape {largest.info.shape}, which gets AdamW "
-        f"({largest.why}). Lower rank, name matrices in include, or use "
+        f"({largest.why}). Lower rank, name matrices in include, ask for convolutions with convolutions=True, or use "
         "torch.optim.AdamW."
     )
+
+
+def _matrix(info: ParamInfo) -> tuple[int, int] | None:
+    """(rows, columns) of each of the matrices that the parameter is made of."""
+    matrices = matrices_of(info.shape, info.flatten)
+    return None if matrices is None else matrices[1:]
 
 
 def _is_all_linear(patterns: Patterns) -> bool:
@@ -192,9 +209,9 @@ def _near_names(text: str, decisions: list[Decision]) -> list[str]:
     return [repr(name) for name in near]
 
 
-def _raise_rank_too_large(info: ParamInfo, rank: int, argument: str) -> None:
+def _raise_rank_too_large(info: ParamInfo, matrix: tuple[int, int], rank: int, argument: str) -> None:
     raise ValueError(
         f"rank={rank} does not fit parameter {info.name!r} of shape {info.shape}, which {argument} asks to project: a "
-        f"projection keeps fewer directions than the {min(info.shape)} of its smaller dimension. Lower rank (for this "
-        "matrix alone with rank_pattern), or name it in exclude to give it AdamW."
+        f"projection of {matrix[0]} × {matrix[1]} keeps fewer than {min(matrix)} directions. Lower rank (for this "
+        "parameter alone with rank_pattern), or name it in exclude to give it AdamW."
     )

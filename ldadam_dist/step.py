@@ -1,7 +1,8 @@
 """The LDAdam step (arXiv 2410.16103, algorithm 1): the only statement of the algorithm.
 
 It is written as a generator over the local block of a batch of equal matrices. It computes, and yields what must be
-exchanged with the other shards; `runtime` answers. With an unsharded layout every answer is the tensor itself.
+exchanged with the other shards; `runtime` answers. With an unsharded layout every answer is the tensor itself. So
+`step_on_owner`, for layouts where that moves less, is the same step on whole matrices.
 
 Legend (b matrices; a block is m_local × n_local of an oriented m×n matrix):
 
@@ -22,8 +23,8 @@ import torch
 from torch import Tensor
 
 from ldadam_dist.algebra import adam_direction, leading_directions, orthonormalize, rotate_second_moment, test_matrix
-from ldadam_dist.layout import MatrixLayout
-from ldadam_dist.requests import Exchange, Gather, OnOwner, ScatterSum, Sum
+from ldadam_dist.layout import MatrixLayout, Part
+from ldadam_dist.requests import Delegate, Exchange, Gather, OnOwner, ScatterSum, Sum, alone
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Block:
     Attributes:
         accumulated: (b, m_local, n_local), A = G + E; overwritten by the new error if there is error feedback, else
             only read.
-        weight: (b, m_local, n_local), or (b, m_local, n) where replicated; updated in place.
+        weight: (b, m_local, n_local), under replicas all columns that they hold; updated in place.
         projector: (b, stored rows, r).
         exp_avg, exp_avg_sq: (b, r, stored columns).
     """
@@ -100,11 +101,34 @@ def ldadam_step(block: Block, layout: MatrixLayout, hyper: Hyper, t: int) -> Exc
     # W = (1 − lr·wd) W − lr U' D
     D = adam_direction(M, V, bias1=1 - beta1**t, bias2=1 - beta2**t, eps=hyper.eps)
     D = yield Gather(layout.over_m, D, -1, layout.n_local)
-    if layout.replicated:
-        D = yield Gather(layout.over_n, D, -1, layout.n)
+    D = yield Gather(layout.replicas, D, -1, layout.weight_columns)
     block.weight.baddbmm_(U_new, D, beta=1 - hyper.lr * hyper.weight_decay, alpha=-hyper.lr)
 
     return U_new[:, slice(*layout.stored_rows)], M, V
+
+
+def step_on_owner(block: Block, layout: MatrixLayout, hyper: Hyper, t: int) -> Exchange:
+    """`ldadam_step` of the whole matrices on the ranks that own them; the same arguments, result and numbers.
+
+    A and the states travel to the owner; the update, the states and the error travel back.
+    """
+
+    def step_whole(A: Tensor, U: Tensor, M: Tensor, V: Tensor) -> tuple[Tensor, ...]:
+        whole = Block(accumulated=A, weight=torch.zeros_like(A), projector=U, exp_avg=M, exp_avg_sq=V)
+        states = alone(ldadam_step(whole, MatrixLayout(layout.m, layout.n, layout.rank), hyper, t))
+        return (whole.weight, *states, A)[: len(returns)]  # a zero weight becomes the update; A the error
+
+    matrix, projector = Part("block", layout.m, layout.n), Part("projector", layout.m, layout.rank)
+    moments = Part("moments", layout.rank, layout.n)
+    tensors = (block.accumulated, block.projector, block.exp_avg, block.exp_avg_sq)
+    returns = (matrix, projector, moments, moments) + ((matrix,) if hyper.error_feedback else ())
+    update, U, M, V, *error = yield Delegate(tensors, (matrix, projector, moments, moments), step_whole, returns)
+    if error:
+        block.accumulated = error[0]
+
+    update = yield Gather(layout.replicas, update, -1, layout.weight_columns)
+    block.weight.mul_(1 - hyper.lr * hyper.weight_decay).add_(update)
+    return U, M, V
 
 
 def next_projector(
@@ -118,7 +142,7 @@ def next_projector(
         UtB = (rho / b1 * M).add_(UtA, alpha=1 - rho)
         UtB = yield Gather(layout.over_m, UtB, -1, layout.n_local)
         Y = torch.baddbmm(U @ (M_whole @ UtB.mT), A, UtB.mT, beta=rho / b1, alpha=1 - rho)
-        return (yield OnOwner(Y, "sum", orthonormalize, layout.rank))
+        return (yield OnOwner(Y, orthonormalize, layout.rank))
     B = torch.baddbmm(A, U, M_whole, beta=1 - rho, alpha=rho / b1)
     if hyper.proj_method == "svd":
         return (yield from exact_directions(B, layout))
@@ -134,7 +158,13 @@ def first_projector(A: Tensor, layout: MatrixLayout, hyper: Hyper) -> Exchange:
 
 def exact_directions(A: Tensor, layout: MatrixLayout) -> Exchange:
     """Leading left singular vectors of A, whole on its owner: m·n elements move."""
-    return (yield OnOwner(A, "columns", partial(leading_directions, rank=layout.rank), layout.rank))
+
+    def solve(whole: Tensor) -> tuple[Tensor]:
+        return (leading_directions(whole, layout.rank),)
+
+    A_part, U_part = Part("block", layout.m, layout.n), Part("rows", layout.m, layout.rank)
+    (U,) = yield Delegate((A,), (A_part,), solve, (U_part,))
+    return U
 
 
 def randomized_directions(A: Tensor, layout: MatrixLayout, *, oversample: int, iterations: int) -> Exchange:
@@ -146,7 +176,7 @@ def randomized_directions(A: Tensor, layout: MatrixLayout, *, oversample: int, i
     columns = min(layout.rank + oversample, layout.m, layout.n)
     Q = A @ test_matrix(torch.arange(*layout.n_range, device=A.device), columns, A.dtype)
     for _ in range(iterations):
-        Q = yield OnOwner(Q, "sum", orthonormalize, columns)
+        Q = yield OnOwner(Q, orthonormalize, columns)
         QtA = yield Sum(layout.over_m, Q.mT @ A)
         Q = A @ QtA.mT
-    return (yield OnOwner(Q, "sum", partial(leading_directions, rank=layout.rank), layout.rank))
+    return (yield OnOwner(Q, partial(leading_directions, rank=layout.rank), layout.rank))

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from ldadam_dist.layout import Axis, MatrixLayout
-from ldadam_dist.requests import Gather, OnOwner, Request, ScatterSum, Sum
-from ldadam_dist.step import Block, Hyper, ldadam_step
-
-Place = tuple[int, int]
-"""(index over the projected dimension, index over the kept dimension) of a shard."""
+from ldadam_dist.layout import WHOLE, Axis, MatrixLayout, Part, Place
+from ldadam_dist.requests import Delegate, Gather, OnOwner, Request, ScatterSum, Sum
+from ldadam_dist.step import Block, Hyper, ldadam_step, step_on_owner
 
 
 class Lockstep:
@@ -20,22 +19,29 @@ class Lockstep:
         weight: (b, m, n), the whole weights.
         rank: r.
         cuts: number of shards over either dimension.
-        replicated: the shards over n are replicas that hold the whole weight.
+        replicas: number of processes that hold each shard of the weight, and cut it once more over n.
+        gather: the matrices are stepped whole, on their owner.
     """
 
-    def __init__(self, weight: Tensor, rank: int, cuts: Place, replicated: bool = False) -> None:
+    def __init__(self, weight: Tensor, rank: int, cuts: Place, replicas: int = 1, gather: bool = False) -> None:
         b, m, n = weight.shape
         self.t = 0
         self.shape = (b, m, n)
+        self.step_function = step_on_owner if gather else ldadam_step
+        over_n = (cuts[1], replicas) if replicas > 1 else (cuts[1],)
         self.layouts: dict[Place, MatrixLayout] = {
-            (i, j): MatrixLayout(m, n, rank, Axis(cuts[0], i, ("m", j)), Axis(cuts[1], j, ("n", i)), replicated)
+            (i, j): MatrixLayout(
+                *(m, n, rank),
+                over_m=Axis((cuts[0],), i, ("m", j)),
+                over_n=Axis(over_n, j, ("n", i)),
+                replicas=Axis((replicas,), j % replicas, ("replicas", i, j // replicas)) if replicas > 1 else WHOLE,
+            )
             for i in range(cuts[0])
-            for j in range(cuts[1])
+            for j in range(cuts[1] * replicas)
         }
         self.weights, self.errors, self.states = {}, {}, {}
         for place, layout in self.layouts.items():
-            columns = slice(None) if replicated else slice(*layout.n_range)
-            self.weights[place] = weight[:, slice(*layout.m_range), columns].clone()
+            self.weights[place] = weight[:, slice(*layout.m_range), slice(*layout.weight_range)].clone()
             self.errors[place] = weight.new_zeros(b, layout.m_local, layout.n_local)
             rows, cols = (stop - start for start, stop in (layout.stored_rows, layout.stored_columns))
             self.states[place] = tuple(weight.new_zeros(b, *s) for s in ((rows, rank), (rank, cols), (rank, cols)))
@@ -43,12 +49,12 @@ class Lockstep:
     def step(self, grad: Tensor, hyper: Hyper) -> None:
         """One step with the whole gradient (b, m, n)."""
         self.t += 1
-        exchanges, results, answers = {}, {}, dict.fromkeys(self.layouts)
+        blocks, exchanges, results, answers = {}, {}, {}, dict.fromkeys(self.layouts)
         for place, layout in self.layouts.items():
             local = grad[:, slice(*layout.m_range), slice(*layout.n_range)]
             accumulated = self.errors[place].add_(local) if hyper.error_feedback else local
-            block = Block(accumulated, self.weights[place], *self.states[place])
-            exchanges[place] = ldadam_step(block, layout, hyper, self.t)
+            blocks[place] = Block(accumulated, self.weights[place], *self.states[place])
+            exchanges[place] = self.step_function(blocks[place], layout, hyper, self.t)
         while answers:
             asked: dict[Place, Request] = {}
             for place, answer in answers.items():
@@ -60,17 +66,26 @@ class Lockstep:
             assert not asked or len(asked) == len(self.layouts), "a shard finished early"
             answers = {place: self.answer(place, asked) for place in asked}
         self.states = results
+        if hyper.error_feedback:
+            self.errors = {place: block.accumulated for place, block in blocks.items()}
 
-    def answer(self, place: Place, asked: dict[Place, Request]) -> Tensor:
+    def answer(self, place: Place, asked: dict[Place, Request]) -> Any:
         request = asked[place]
         if isinstance(request, OnOwner):
-            rows = []
-            for i in sorted({i for i, _ in asked}):
-                parts = [asked[i, j].tensor for j in sorted({j for _, j in asked})]
-                rows.append(sum(parts) if request.combine == "sum" else torch.cat(parts, dim=-1))
+            places = [sorted(set(indices)) for indices in zip(*asked, strict=True)]
+            rows = [sum(asked[i, j].tensor for j in places[1]) for i in places[0]]
             whole = request.function(torch.cat(rows, dim=-2))
             assert whole.shape[-1] == request.columns
             return whole[:, slice(*self.layouts[place].m_range)]
+        if isinstance(request, Delegate):
+            wholes = [request.tensors[0].new_full((self.shape[0], p.rows, p.columns), torch.nan) for p in request.parts]
+            for other, q in asked.items():
+                for part, tensor, whole in zip(request.parts, q.tensors, wholes, strict=True):
+                    self.cut(whole, part, other).copy_(tensor)
+            results = request.function(*wholes)
+            return tuple(self.cut(x, part, place) for part, x in zip(request.returns, results, strict=True))
+        if request.axis.count == 1:
+            return request.alone()
         peers = sorted((q for q in asked.values() if q.axis.group == request.axis.group), key=lambda q: q.axis.index)
         if isinstance(request, Gather):
             whole = torch.cat([q.tensor for q in peers], dim=request.dim)
@@ -80,9 +95,15 @@ class Lockstep:
         assert isinstance(request, (Sum, ScatterSum))
         return total if isinstance(request, Sum) else total[..., slice(*request.axis.bounds(total.shape[-1]))]
 
-    def whole(self, shards: dict[Place, Tensor], replicated: bool = False) -> Tensor:
-        """Weights or errors of all shards put together, (b, m, n)."""
-        out = next(iter(shards.values())).new_empty(self.shape)
+    def cut(self, whole: Tensor, part: Part, place: Place) -> Tensor:
+        """View of what a shard has of a whole tensor."""
+        rows, columns = self.layouts[place].bounds(part, place)
+        return whole[:, slice(*rows), slice(*columns)]
+
+    def whole(self, shards: dict[Place, Tensor]) -> Tensor:
+        """Weights or errors of all shards put together, (b, m, n); NaN where none has anything."""
+        out = next(iter(shards.values())).new_full(self.shape, torch.nan)
         for place, layout in self.layouts.items():
-            out[:, slice(*layout.m_range), slice(None) if replicated else slice(*layout.n_range)] = shards[place]
+            columns = layout.weight_range if shards is self.weights else layout.n_range
+            out[:, slice(*layout.m_range), slice(*columns)] = shards[place]
         return out

@@ -60,6 +60,53 @@ class OddNet(nn.Module):
         return self.short(torch.tanh(self.tall(torch.tanh(self.square(torch.tanh(self.wide(x)))))))
 
 
+class Block(nn.Module):
+    """An MLP block; 6 inner features on two ranks are 3 and 3, and cut again over two ranks 2 and 1 of each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(10, eps=1e-6)
+        self.up = nn.Linear(10, 6, bias=False)
+        self.down = nn.Linear(6, 10, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., 10) to (..., 10)."""
+        return x + self.down(torch.tanh(self.up(self.norm(x))))
+
+
+class BlockNet(nn.Module):
+    """A language model of MLP blocks, for tensor parallelism."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(20, 10)
+        self.blocks = nn.ModuleList(Block() for _ in range(2))
+        self.head = nn.Linear(10, 20, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(batch, length) to (batch, length, 20)."""
+        x = self.embed(tokens)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+def block_net(dtype: torch.dtype = torch.float64) -> nn.Module:
+    """A `BlockNet` with fixed weights."""
+    torch.manual_seed(0)
+    return BlockNet().to(dtype)
+
+
+def block_loss(model: nn.Module, tokens: Tensor) -> Tensor:
+    """Mean next-token loss of (batch, length) tokens."""
+    return nn.functional.cross_entropy(model(tokens)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+
+
+def block_tokens(step: int) -> Tensor:
+    """Batch of step `step`: (8, 8) tokens, for 1, 2 or 4 equal parts."""
+    return torch.randint(20, (8, 8), generator=torch.Generator().manual_seed(step))
+
+
 def odd_net(dtype: torch.dtype = torch.float64) -> nn.Module:
     """An `OddNet` with fixed weights."""
     torch.manual_seed(0)

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import re
-from types import SimpleNamespace
 from typing import Any
 
 import models
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from distributed import run_ranks
 from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
-from torch.distributed.tensor import Shard
-from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor, Partial, Placement, Shard, distribute_tensor
 
 from ldadam_dist import LDAdamW
-from ldadam_dist.adapters import MeshAdapter
 
 
 def weight(*shape: int) -> nn.Parameter:
@@ -48,6 +47,7 @@ def weight(*shape: int) -> nn.Parameter:
         ({"error_feedback": 1}, r"error_feedback=1: expected True or False"),
         ({"error_dtype": "int8"}, r"error_dtype='int8': expected one of"),
         ({"error_dtype": torch.int64}, r"error_dtype='int64': expected one of"),
+        ({"communication": "low"}, r"communication='low': expected one of 'auto', 'lowrank', 'gather'"),
         ({"update_proj_gap": 200}, r"'update_proj_gap' is an argument of GaLore.*every step"),
         ({"scale": 0.25}, r"'scale' is an argument of GaLore"),
     ],
@@ -175,29 +175,51 @@ def refuse_layouts() -> list[str]:
     views = message(
         lambda: FullyShardedDataParallel(models.odd_net(torch.float32), device_id=cpu, use_orig_params=True)
     )
-    mesh = torch.distributed.init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "tp"))
+    mesh = torch.distributed.init_device_mesh("cpu", (2,))
 
-    def two_dimensions() -> nn.Module:
-        model = nn.Sequential(nn.Linear(8, 8))
-        parallelize_module(model, mesh["tp"], {"0": ColwiseParallel()})
-        return fully_shard(model, mesh=mesh["dp"])
+    def lying(placement: Placement, mesh: DeviceMesh = mesh, rows: int = 4) -> nn.Module:
+        module, whole, local = nn.Module(), torch.ones(7, 8), torch.ones(rows, 8)
+        shape = {"shape": whole.shape, "stride": whole.stride()}
+        module.weight = nn.Parameter(DTensor.from_local(local, mesh, [placement], run_check=False, **shape))
+        return module
 
-    return [flat, views, message(two_dimensions)]
+    partial = message(lambda: lying(Partial()))
+    uneven = message(lambda: lying(Shard(0), rows=3 + dist.get_rank()))
+    backwards = message(lambda: lying(Shard(0), mesh=DeviceMesh("cpu", [1, 0])))
+    return [flat, views, partial, uneven, backwards]
 
 
 def test_unsupported_layouts() -> None:
-    for flat, views, two_dimensions in run_ranks(2, refuse_layouts):
+    for flat, views, partial, uneven, backwards in run_ranks(2, refuse_layouts):
         for text in (flat, views):
             assert re.search(r"FullyShardedDataParallel \(FSDP1\).*fully_shard", text)
-        assert re.search(r"mesh of 2 dimensions \(1, 2\).*one dimension is supported", text := two_dimensions), text
+        assert re.search(r"weight lies on a mesh \(2,\).*Partial.*expected Shard\(dim\) or Replicate", partial), partial
+        assert re.search(r"weight of shape \(7, 8\) has a shard of \([34], 8\).*Give DTensor.from_local", uneven), (
+            uneven
+        )
+        assert re.search(r"mesh \(2,\) of ranks \[1, 0\].*irregular.*init_device_mesh", backwards), backwards
 
 
-def test_offloaded_weights() -> None:
-    """A mesh of GPUs with weights on the CPU; described only, as there may be no GPU here."""
-    mesh = SimpleNamespace(ndim=1, device_type="cuda")
-    param = SimpleNamespace(device_mesh=mesh, placements=(Shard(0),), device=torch.device("cpu"))
-    with pytest.raises(ValueError, match=r"down_proj is stored on cpu and its mesh is on cuda.*CPUOffloadPolicy"):
-        MeshAdapter.of_dtensor(param, "down_proj")  # type: ignore[arg-type]
+def refuse_cut_kernels() -> str:
+    mesh = torch.distributed.init_device_mesh("cpu", (2,))
+    kernel = nn.Parameter(distribute_tensor(torch.ones(8, 6, 3), mesh, [Shard(1)]))
+    with pytest.raises(ValueError) as caught:
+        LDAdamW([{"params": [("kernel", kernel)], "flatten": True}], rank=2)
+    return str(caught.value)
+
+
+def test_a_flattened_kernel_may_be_cut_along_its_rows_only() -> None:
+    for text in run_ranks(2, refuse_cut_kernels):
+        assert re.search(r"kernel of shape \(8, 6, 3\).*flatten=True.*Shard dimension 0", text), text
+
+
+def test_a_flattened_kernel_must_be_contiguous() -> None:
+    kernel = nn.Parameter(torch.randn(8, 6, 3, 3).to(memory_format=torch.channels_last))
+    optimizer = LDAdamW([{"params": [("kernel", kernel)], "flatten": True}], rank=2)
+    kernel.grad = torch.randn_like(kernel)
+    with pytest.raises(ValueError, match=r"kernel of shape \(8, 6, 3, 3\) has strides.*channels_last"):
+        optimizer.step()
+    assert not optimizer.state
 
 
 def test_state_of_other_settings_is_refused_and_nothing_loaded() -> None:

@@ -15,23 +15,35 @@ MAX_LINES = 400
 ALLOWED = {
     "_version": set(),
     "rules": set(),
+    "tables": set(),
     "algebra": set(),
     "adamw": set(),
+    "layout": set(),
     "arguments": {"rules"},
-    "layout": {"rules"},
     "requests": {"layout"},
     "identity": set(),
     "selection": {"identity", "rules"},
-    "param_groups": {"selection", "rules"},
+    "param_groups": {"selection", "rules", "tables"},
+    "traffic": {"tables"},
     "step": {"algebra", "requests", "layout"},
-    "runtime": {"requests", "layout", "algebra"},
-    "buckets": {"layout", "rules", "step"},
-    "adapters": {"layout", "rules"},
-    "gradients": {"adapters", "runtime"},
-    "optimizer": {"gradients", "adapters", "buckets", "runtime", "step", "adamw", "rules", "layout", "arguments"},
-    "__init__": {"_version", "optimizer", "param_groups"},
+    "runtime": {"requests", "layout"},
+    "costs": {"layout"},
+    "plan": {"costs", "layout"},
+    "buckets": {"layout", "step"},
+    "adapters": {"layout"},
+    "entries": {"adapters", "layout", "rules"},
+    "gradients": {"entries", "runtime"},
+    "consistency": {"entries", "runtime"},
+    "state": {"entries", "buckets", "layout", "rules"},
+    "placement": {"entries", "plan", "costs", "rules", "tables"},
+    "lowrank": {"entries", "state", "plan", "costs", "buckets", "step", "runtime", "rules"},
+    "optimizer": {
+        *("arguments", "rules", "adapters", "entries", "gradients", "consistency", "state"),
+        *("adamw", "lowrank", "plan", "placement"),
+    },
+    "__init__": {"_version", "optimizer", "param_groups", "traffic"},
 }
-COMMUNICATES = {"runtime", "adapters"}
+COMMUNICATES = {"runtime", "adapters", "traffic"}
 BACKENDS = {"deepspeed", "transformers", "accelerate", "peft", "lightning", "datasets"}
 
 

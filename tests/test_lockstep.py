@@ -48,18 +48,19 @@ def gradients(shape: tuple[int, ...]) -> list[Tensor]:
     return [torch.randn(shape, dtype=torch.float64, generator=generator) * scale for _ in range(STEPS)]
 
 
+@pytest.mark.parametrize("gather", [False, True], ids=["lowrank", "gather"])
 @pytest.mark.parametrize("cut", CUTS)
 @pytest.mark.parametrize(
     "changes",
     [{}, {"error_feedback": False}, {"proj_method": "svd"}, {"rho": 0.3, "betas": (0.5, 0.9)}, {"betas": (0.0, 0.95)}],
     ids=str,
 )
-def test_any_cut_equals_the_oracle(cut: str, changes: dict[str, object]) -> None:
+def test_any_cut_equals_the_oracle(cut: str, changes: dict[str, object], gather: bool) -> None:
     (m, n), cuts = CUTS[cut]
     settings = hyper(**changes)
     grads = gradients((2, m, n))
     weight = torch.randn(2, m, n, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-    sharded = Lockstep(weight, 3, cuts)
+    sharded = Lockstep(weight, 3, cuts, gather=gather)
     oracles = [
         Reference(
             w,
@@ -101,15 +102,20 @@ def test_randomised_projectors_do_not_depend_on_the_cut(cut: str, changes: dict[
         torch.testing.assert_close(sharded.whole(sharded.errors), whole.whole(whole.errors), rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("gather", [False, True], ids=["lowrank", "gather"])
+@pytest.mark.parametrize("cuts", [(1, 1), (3, 1), (1, 2), (2, 2), (1, 4)], ids=str)
 @pytest.mark.parametrize("replicas", [2, 3, 4])
-def test_replicas_step_slices_and_share_the_update(replicas: int) -> None:
-    weight = torch.randn(2, 9, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-    split, whole = Lockstep(weight, 3, (1, replicas), replicated=True), Lockstep(weight, 3, (1, 1))
-    for grad in gradients((2, 9, 6)):
+def test_replicas_step_slices_and_share_the_update(cuts: tuple[int, int], replicas: int, gather: bool) -> None:
+    """DDP, and the same inside shards of either dimension or both. 7 columns: 2, 2, 2, 1, and 1, 1, 0, 0 of them."""
+    weight = torch.randn(2, 9, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    split, whole = Lockstep(weight, 3, cuts, replicas, gather), Lockstep(weight, 3, (1, 1))
+    for grad in gradients((2, 9, 7)):
         split.step(grad, hyper())
         whole.step(grad, hyper())
-        for replica in split.weights.values():  # every replica ends with the whole weight
-            torch.testing.assert_close(replica, whole.whole(whole.weights), rtol=0, atol=1e-10)
+        for place, replica in split.weights.items():  # every replica ends with its whole shard
+            layout = split.layouts[place]
+            expected = whole.whole(whole.weights)[:, slice(*layout.m_range), slice(*layout.weight_range)]
+            torch.testing.assert_close(replica, expected, rtol=0, atol=1e-10)
         torch.testing.assert_close(split.whole(split.errors), whole.whole(whole.errors), rtol=0, atol=1e-10)
 
 

@@ -11,21 +11,20 @@ from torch.distributed.fsdp import fully_shard
 
 import ldadam_dist.step
 from ldadam_dist import LDAdamW
-from ldadam_dist.buckets import BATCH_ELEMENTS, STACK_ELEMENTS, Matrix, assign_owners, batches
+from ldadam_dist.buckets import BATCH_ELEMENTS, STACK_ELEMENTS, batches
 from ldadam_dist.layout import Axis, MatrixLayout, chunk_bounds
-from ldadam_dist.runtime import Job, _windows
+from ldadam_dist.plan import assign_owners, make_plan
 
 LLAMA_60M = [(512, 512)] * 32 + [(512, 1376)] * 24
 """(projected, kept) dimensions of its matrices."""
 
 
 def layout(m: int, n: int, shards: int = 4, index: int = 0, rank: int = 16) -> MatrixLayout:
-    return MatrixLayout(m, n, rank, over_n=Axis(shards, index, "group"))
+    return MatrixLayout(m, n, rank, over_n=Axis((shards,), index, "group"))
 
 
-def matrix(where: MatrixLayout) -> Matrix:
-    empty = torch.empty(0)
-    return Matrix(where, empty, empty, None, empty, empty, empty)
+def owners_of(layouts: list[MatrixLayout]) -> list[int]:
+    return assign_owners([(where, "lowrank") for where in layouts])
 
 
 def test_chunks_are_those_of_torch() -> None:
@@ -38,9 +37,9 @@ def test_chunks_are_those_of_torch() -> None:
 
 def test_owners_share_the_work() -> None:
     layouts = [layout(m, n) for m, n in LLAMA_60M] + [layout(2048, 4096, rank=128)]  # one that outweighs many
-    owners = assign_owners(layouts[:-1])
+    owners = owners_of(layouts[:-1])
     assert sorted(owners.count(rank) for rank in range(4)) == [14] * 4
-    owners = assign_owners(layouts)
+    owners = owners_of(layouts)
     alone = owners[-1]
     assert owners.count(alone) == 1  # whoever has the large one has nothing else
     assert len({owners.count(rank) for rank in range(4)} - {1}) <= 2
@@ -51,20 +50,19 @@ def test_owners_batches_and_windows_are_the_same_on_every_rank() -> None:
     seen = []
     for index in range(4):
         layouts = [layout(40, 16, index=index), layout(40, 16, index=index), layout(30, 17, index=index)] * 3
-        matrices = [matrix(where) for where in layouts]
-        groups = batches([((w.m, w.n), m) for w, m in zip(layouts, matrices, strict=True)])
-        jobs = [Job(layouts[g[0]], (0,), len(g) * matrices[g[0]].shard_elements, lambda: None, print) for g in groups]
-        seen.append((assign_owners(layouts), groups, [len(window) for window in _windows(jobs, 1500)]))
+        plan = make_plan([(where, 1, how) for where in layouts for how in ("lowrank", "gather")], 1500)
+        units = [[(unit.entry, unit.communication, unit.owner) for unit in window] for window in plan]
+        seen.append((batches([((w.m, w.n), w) for w in layouts]), units))
     assert all(rank == seen[0] for rank in seen)
-    assert seen[0][1] == [[0, 1, 3, 4, 6, 7], [2, 5, 8]]
+    assert seen[0][0] == [[0, 1, 3, 4, 6, 7], [2, 5, 8]]
 
 
 def test_only_small_matrices_are_copied_into_batches() -> None:
     small, large = layout(16, STACK_ELEMENTS // 4), layout(16, STACK_ELEMENTS)
-    assert matrix(small).shard_elements == STACK_ELEMENTS
+    assert small.shard_elements == STACK_ELEMENTS
     fitting = BATCH_ELEMENTS // STACK_ELEMENTS
-    assert [len(b) for b in batches([("small", matrix(small))] * (fitting + 3))] == [fitting, 3]
-    assert [len(b) for b in batches([("large", matrix(large))] * 3)] == [1, 1, 1]
+    assert [len(b) for b in batches([("small", small)] * (fitting + 3))] == [fitting, 3]
+    assert [len(b) for b in batches([("large", large)] * 3)] == [1, 1, 1]
 
 
 def count_orthonormalised() -> int:

@@ -15,8 +15,11 @@ import torch
 import torch.distributed as dist
 from distributed import run_ranks
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 from ldadam_dist import LDAdamW
@@ -30,11 +33,12 @@ up to 7e-5 within 20 steps if its gradients are disturbed by half a unit of roun
 BUILD = {
     "llama": (models.tiny_llama, models.llama_loss, models.llama_tokens, 4),
     "odd": (models.odd_net, models.odd_loss, models.odd_inputs, 2),
+    "blocks": (models.block_net, models.block_loss, models.block_tokens, 3),
 }
 
 Settings = tuple[tuple[str, Any], ...]
-Parts = dict[str, tuple[Tensor, int | None]]
-"""One rank's part of each weight and state, with the dimension that is cut; None where it is whole."""
+Parts = dict[str, tuple[Tensor, tuple[int, ...]]]
+"""One rank's part of each weight and state, and where in the whole it begins."""
 History = list[Parts]
 
 
@@ -43,7 +47,7 @@ class Case:
     """One training run: on a sharded layout and, for comparison, in one process."""
 
     model: str
-    layout: str  # "rows" and "columns" under fully_shard; "ddp", states whole; "replicas", DDP with states split
+    layout: str  # what `shard` does; "ddp": states whole; "replicas": DDP with states split
     settings: Settings = field(default=())
     dtype: torch.dtype = torch.float64
 
@@ -54,18 +58,25 @@ class Case:
 
 def cases(world_size: int) -> list[Case]:
     sides = [(("proj_type", p),) for p in ("std", "reverse_std", "left", "right")]
-    found = [Case(model, "rows", side) for model in BUILD for side in sides]
+    found = [Case(model, "rows", side) for model in ("llama", "odd") for side in sides]
     found += [Case("llama", "rows", side, torch.float32) for side in sides[:2]]
     found += [Case("odd", "replicas", side) for side in sides[2:]]
     if world_size < 4:  # fully_shard cuts columns only into equal parts: 24 and 42 columns
         found += [Case("llama", "columns", side) for side in sides[2:]]
     if world_size == 2:
+        found += [Case("llama", "offload"), *(Case("blocks", how, side) for how in ("tp", "sp") for side in sides[2:])]
         found += [Case("odd", "ddp"), Case("llama", "replicas", dtype=torch.float32)]
     if world_size == 3:
         methods = [(("proj_method", "svd"),), (("proj_method", "svd_lowrank"),), (("projector_init", "randomized"),)]
         found += [Case("odd", "rows", m + side) for m in methods for side in sides[2:]]
         found += [Case("odd", "replicas", m) for m in methods]
         found += [Case("odd", "rows", (("error_feedback", False),))]
+    if world_size == 4:
+        found += [Case("llama", "hsdp", side) for side in sides[2:]]
+        found += [Case("blocks", layout, side) for layout in ("fsdp-tp", "fsdp-sp") for side in sides[2:]]
+        found += [Case("llama", "hsdp", dtype=torch.float32), Case("blocks", "fsdp-tp", dtype=torch.float32)]
+    if world_size == 8:
+        found = [Case("blocks", "hsdp-tp", side) for side in sides[2:]]
     return found
 
 
@@ -75,9 +86,10 @@ def train(case: Case, single: bool) -> History:
     module = model = build(case.dtype)
     options: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.1, "rank": rank, **dict(case.settings)}
     if not single:
-        if case.layout in ("rows", "columns"):
-            shard(model, cut=1 if case.layout == "columns" else 0)
+        if case.layout not in ("ddp", "replicas"):
+            parts, part = shard(model, case.layout)
         else:
+            parts, part = dist.get_world_size(), dist.get_rank()
             model = DistributedDataParallel(module, find_unused_parameters=True)
             options["process_group"] = dist.group.WORLD if case.layout == "replicas" else None
     optimizer = LDAdamW(module.named_parameters(), **options)
@@ -86,7 +98,7 @@ def train(case: Case, single: bool) -> History:
         batch = data(step)
         batch = batch.to(case.dtype) if batch.is_floating_point() else batch
         if not single:
-            batch = batch.chunk(dist.get_world_size())[dist.get_rank()]
+            batch = batch.chunk(parts)[part]
         optimizer.zero_grad()
         loss_of(model, batch).backward()
         optimizer.step()
@@ -97,20 +109,62 @@ def train(case: Case, single: bool) -> History:
     return history
 
 
-def shard(model: nn.Module, cut: int) -> None:
-    """`fully_shard` on every block and the root; matrices are cut along dimension `cut`."""
-    placement = (lambda p: Shard(1 if p.ndim == 2 else 0)) if cut else None
-    for block in model.model.layers if hasattr(model, "model") else []:
-        fully_shard(block, shard_placement_fn=placement)
-    fully_shard(model, shard_placement_fn=placement)
+def shard(model: nn.Module, layout: str) -> tuple[int, int]:
+    """Shard a model; returns into how many parts the batch is cut, and which is this rank's.
+
+    "rows", "columns", "offload"    fully_shard on every block and the root; over rows, columns, with CPUOffloadPolicy
+    "hsdp"                          the same over two replicas
+    "tp", "sp"                      tensor parallelism of all ranks, sequence parallelism
+    "fsdp-tp", "fsdp-sp"            fully_shard around tensor parallelism of two ranks: norms on the first mesh
+                                    dimension only, or on both (sequence parallelism)
+    "hsdp-tp"                       two replicas of that
+    """
+    world = dist.get_world_size()
+    extents = {
+        "hsdp": {"replicate": 2, "shard": world // 2},
+        "tp": {"tp": world},
+        "sp": {"tp": world},
+        "fsdp-tp": {"shard": world // 2, "tp": 2},
+        "fsdp-sp": {"shard": world // 2, "tp": 2},
+        "hsdp-tp": {"replicate": 2, "shard": world // 4, "tp": 2},
+    }.get(layout, {"shard": world})
+    mesh = init_device_mesh("cpu", tuple(extents.values()), mesh_dim_names=tuple(extents))
+    parts = world // extents.get("tp", 1)
+    if "tp" in extents:
+        parallelize(model, mesh["tp"], sequence=layout.endswith("sp"))
+    data_dims = tuple(name for name in extents if name != "tp")
+    if not data_dims:
+        return parts, 0
+    options: dict[str, Any] = {"mesh": mesh[data_dims]}
+    if layout == "columns":
+        options["shard_placement_fn"] = lambda p: Shard(1 if p.ndim == 2 else 0)
+    if layout == "offload":
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=False)
+    for block in model.model.layers if hasattr(model, "model") else getattr(model, "blocks", []):
+        fully_shard(block, **options)
+    fully_shard(model, **options)
+    return parts, dist.get_rank() // (world // parts)
 
 
-def local(tensor: Tensor) -> tuple[Tensor, int | None]:
-    """This rank's part, and the dimension that is cut; gathering it here would cost more than the training."""
+def parallelize(model: nn.Module, mesh: DeviceMesh, sequence: bool) -> None:
+    """Tensor parallelism of a `BlockNet`: embedding and `down` by rows, head and `up` by columns."""
+    between = Shard(1) if sequence else Replicate()
+    plan: dict[str, Any] = {"embed": RowwiseParallel(input_layouts=Replicate(), output_layouts=between)}
+    for i in range(len(model.blocks)):
+        if sequence:
+            plan[f"blocks.{i}.norm"] = SequenceParallel()
+        plan[f"blocks.{i}.up"] = ColwiseParallel(input_layouts=between)
+        plan[f"blocks.{i}.down"] = RowwiseParallel(output_layouts=between)
+    plan["head"] = ColwiseParallel(input_layouts=between, output_layouts=Replicate())
+    parallelize_module(model, mesh, plan)
+
+
+def local(tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """This rank's part, and where it begins; gathering it here would cost more than the training."""
     if not isinstance(tensor, DTensor):
-        return tensor.detach().clone(), None
-    (placement,) = tensor.placements
-    return tensor.to_local().detach().clone(), placement.dim
+        return tensor.detach().clone(), (0,) * tensor.ndim
+    _, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return tensor.to_local().detach().clone(), tuple(offsets)
 
 
 def train_all(world_size: int) -> dict[str, History]:
@@ -139,7 +193,7 @@ def sharded(world_size: int) -> list[dict[str, History]]:
 
 
 @pytest.mark.parametrize(
-    ("world_size", "case"), [pytest.param(w, c, id=f"{w}-{c}") for w in (2, 3, 4) for c in cases(w)]
+    ("world_size", "case"), [pytest.param(w, c, id=f"{w}-{c}") for w in (2, 3, 4, 8) for c in cases(w)]
 )
 def test_equals_one_process_after_every_step(world_size: int, case: Case) -> None:
     expected = in_one_process(case.model, case.settings, case.dtype)
@@ -149,14 +203,17 @@ def test_equals_one_process_after_every_step(world_size: int, case: Case) -> Non
         for name, (tensor, _) in single.items():
             if name.startswith(("projector of", "exp_avg of", "exp_avg_sq of")):
                 continue  # the sign of a direction is free
-            dim, tolerance = parts[0][name][1], (ERROR_TOLERANCE if name.startswith("error") else TOLERANCE)[case.dtype]
-            pieces = [part[name][0] for part in parts]
-            for found in pieces if dim is None else [torch.cat(pieces, dim)]:
-                difference = ((found - tensor).abs().max() / tensor.abs().max().clamp(min=1e-3)).item()
+            tolerance = (ERROR_TOLERANCE if name.startswith("error") else TOLERANCE)[case.dtype]
+            seen, scale = torch.zeros(tensor.shape, dtype=torch.bool), tensor.abs().max().clamp(min=1e-3)
+            for piece, begins in (part[name] for part in parts):
+                where = tuple(slice(at, at + extent) for at, extent in zip(begins, piece.shape, strict=True))
+                seen[where] = True
+                difference = ((piece - tensor[where]).abs().max() / scale).item() if piece.numel() else 0.0
                 assert difference <= tolerance, f"step {step}, {name}: {difference:.1e}"
+            assert seen.all(), f"step {step}, {name}: no rank has all of it"
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 4])
+@pytest.mark.parametrize("world_size", [2, 3, 4, 8])
 def test_states_are_partitioned(world_size: int) -> None:
     """No rank holds a whole projector, moment or error, and together they hold each element once."""
     ranks = sharded(world_size)

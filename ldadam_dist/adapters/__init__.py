@@ -13,21 +13,22 @@ from ldadam_dist.adapters.tensor import TensorAdapter
 Adapter = TensorAdapter | MeshAdapter
 
 
-def adapter_for(param: Tensor, process_group: Any | None, name: str) -> Adapter:
+def adapter_for(param: Tensor, process_group: Any | None, name: str, flatten: bool) -> Adapter:
     """The adapter of one parameter.
 
     Args:
         param: the parameter that is stepped.
         process_group: group over which plain parameters are replicas, or None.
         name: how errors call the parameter.
+        flatten: whether it is seen as one matrix (shape[0], rest).
     Raises:
         ValueError: a layout that is not supported.
     """
     if isinstance(param, DTensor):
-        return MeshAdapter.of_dtensor(param, name)
+        return MeshAdapter.of_dtensor(param, name, flatten)
     if process_group is not None:
         return MeshAdapter.of_replicas(param, process_group)
-    return TensorAdapter()
+    return TensorAdapter(param.device)
 
 
 __all__ = ["Adapter", "MeshAdapter", "TensorAdapter", "adapter_for"]

@@ -1,104 +1,279 @@
-"""Parameters on a one-dimensional device mesh: FSDP2 shards, replicated DTensors, and plain replicas (DDP).
+"""Parameters on a device mesh: FSDP2, HSDP, tensor parallelism, any mix of them, and plain replicas (DDP).
 
-A sharded parameter cuts one dimension of its matrix. A replicated one is stepped in slices of the kept dimension, one
-slice per replica. Either way all states are DTensors on the mesh with a global shape that does not depend on it.
+Mesh dimensions that cut rows, columns or a stack cut the matrices so. Those that replicate hold the same weights; each
+replica then steps a slice of the kept dimension. All states are DTensors with a global shape that does not depend on
+the mesh, and every mesh dimension cuts each of them.
 """
 
 from __future__ import annotations
 
+import math
+import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Shard
 
-from ldadam_dist.layout import Axis, MatrixLayout
+from ldadam_dist.adapters.placements import mesh_dims_by_tensor_dim
+from ldadam_dist.layout import WHOLE, Axis, Bounds, MatrixLayout, cut
+
+MeshDims = tuple[int, ...]
+"""Mesh dimensions that cut one tensor dimension, the outermost cut first."""
 
 
 class MeshAdapter:
-    """A parameter on a one-dimensional mesh.
+    """A parameter on a mesh.
+
+    Args:
+        mesh: the mesh.
+        stack, rows, columns: the mesh dimensions that cut the stack of matrices, their rows and their columns.
+        replicas: the mesh dimensions that replicate.
+
+    Raises:
+        ValueError: ranks that do not lie in the mesh like the elements of a strided array.
 
     Attributes:
-        mesh: the mesh, of one dimension.
-        sharded_dim: the tensor dimension that is cut over the mesh; None where every process holds the whole.
-        groups: the mesh's process group and its device.
+        device: where matrices are stepped: the mesh's, also if the parameter is offloaded to the CPU.
+        groups: the process groups over which the parameter's ranks agree, with their device.
+        sharded: whether the states are DTensors.
+        copies: how many processes hold each element of the parameter.
     """
 
-    def __init__(self, mesh: DeviceMesh, sharded_dim: int | None) -> None:
-        self.mesh = mesh
-        self.sharded_dim = sharded_dim
-        self.axis = Axis(mesh.size(), mesh.get_local_rank(), mesh.get_group())
-        self.groups = ((self.axis.group, torch.device(mesh.device_type)),)
+    sharded = True
+
+    def __init__(
+        self,
+        mesh: DeviceMesh,
+        stack: MeshDims = (),
+        rows: MeshDims = (),
+        columns: MeshDims = (),
+        replicas: MeshDims = (),
+    ) -> None:
+        self.mesh, self.stack, self.rows, self.columns, self.replicas = mesh, stack, rows, columns, replicas
+        _check_regular(mesh)
+        self.copies = math.prod(mesh.size(d) for d in replicas)
+        self.device = torch.device(mesh.device_type)
+        self.groups = tuple((mesh.get_group(d), self.device) for d in range(mesh.ndim))
+        self._meshes = {tuple(range(mesh.ndim)): mesh}
+        # Made here, whichever side will be projected: ranks whose settings differ must not wait for each other yet.
+        self._axes = {
+            dims: _make_axis(mesh, dims) for dims in (rows, columns, rows + replicas, columns + replicas, replicas)
+        }
 
     @classmethod
-    def of_dtensor(cls, param: DTensor, name: str) -> MeshAdapter:
+    def of_dtensor(cls, param: DTensor, name: str, flatten: bool) -> MeshAdapter:
         """The adapter of a DTensor parameter.
 
+        Args:
+            param: the parameter.
+            name: how errors call it.
+            flatten: whether it is seen as one matrix (shape[0], rest).
         Raises:
-            ValueError: a mesh of several dimensions, a placement other than Shard and Replicate, or offloaded weights.
+            ValueError: a placement that is not supported.
         """
-        mesh, placements = param.device_mesh, param.placements
-        if mesh.ndim != 1:
+        mesh = param.device_mesh
+        try:
+            cuts, replicas = mesh_dims_by_tensor_dim(param.placements, mesh.shape, param.ndim)
+        except ValueError as error:
             raise ValueError(
-                f"parameter {name} lies on a mesh of {mesh.ndim} dimensions {tuple(mesh.shape)} "
-                f"{mesh.mesh_dim_names or ''}; a mesh of one dimension is supported. "
-                f"Use fully_shard over one dimension, without tensor parallelism."
-            )
-        (placement,) = placements
-        if type(placement) not in (Shard, Replicate):
-            raise ValueError(
-                f"parameter {name} has placement {placement}; Shard(dim) and Replicate() are supported. "
+                f"parameter {name} lies on a mesh {tuple(mesh.shape)} with placements {param.placements}; {error}. "
                 f"Redistribute the parameter before it is given to the optimizer."
-            )
-        if param.device.type not in (mesh.device_type, "meta"):
-            raise ValueError(
-                f"parameter {name} is stored on {param.device.type} and its mesh is on {mesh.device_type}: expected "
-                f"one device for both. CPU offload is not supported; use fully_shard without CPUOffloadPolicy."
-            )
-        return cls(mesh, placement.dim if isinstance(placement, Shard) else None)
+            ) from None
+        if flatten and param.ndim > 2:
+            if any(cuts[1:]):
+                raise ValueError(
+                    f"parameter {name} of shape {tuple(param.shape)} is seen as a matrix of shape[0] rows "
+                    f"(flatten=True), and its other dimensions are cut: {param.placements}. Shard dimension 0, or set "
+                    f"enable_lowrank=False for its group."
+                )
+            return cls(mesh, rows=cuts[0], replicas=replicas)
+        if param.ndim == 3:
+            return cls(mesh, cuts[0], cuts[1], cuts[2], replicas)
+        rows, columns = (*cuts, (), ())[:2]  # what is no matrix is stepped element by element, however it is cut
+        return cls(mesh, rows=rows, columns=columns, replicas=replicas)
 
     @classmethod
     def of_replicas(cls, param: Tensor, process_group: Any) -> MeshAdapter:
         """The adapter of a plain parameter that every process of `process_group` holds whole."""
-        return cls(DeviceMesh.from_group(process_group, param.device.type), None)
+        return cls(DeviceMesh.from_group(process_group, param.device.type), replicas=(0,))
 
-    def layout(self, shape: Sequence[int], side: str, rank: int) -> MatrixLayout:
+    def layout(self, rows: int, columns: int, side: str, rank: int) -> MatrixLayout:
         """Layout of a (rows, columns) matrix of which `side` is projected onto `rank` directions."""
-        rows, columns = shape
+        m_dims, n_dims = (self.rows, self.columns) if side == "left" else (self.columns, self.rows)
         m, n = (rows, columns) if side == "left" else (columns, rows)
-        projected_dim = 0 if side == "left" else 1
-        if self.sharded_dim == projected_dim:
-            return MatrixLayout(m, n, rank, over_m=self.axis)
-        return MatrixLayout(m, n, rank, over_n=self.axis, replicated=self.sharded_dim is None)
+        over_m, over_n = self._axes[m_dims], self._axes[n_dims + self.replicas]
+        return MatrixLayout(m, n, rank, over_m, over_n, self._axes[self.replicas])
 
-    def zeros(self, param: Tensor, shape: Sequence[int], dim: int, dtype: torch.dtype) -> DTensor:
-        """A new state tensor of global `shape`, cut along `dim` over the mesh."""
-        start, stop = self.axis.bounds(shape[dim])
-        local_shape = list(shape)
-        local_shape[dim] = stop - start
-        local = torch.zeros(local_shape, dtype=dtype, device=self.local(param).device)
+    def held(self, number: int) -> tuple[Bounds, int]:
+        """Of a stack of `number` matrices, (start, stop) of those held here, and the most that any process holds."""
+        return self._bounds(number, self.stack), cut(number, self._sizes(self.stack)).longest
+
+    def new_state(self, param: Tensor, shape: Sequence[int], part: str, side: str, dtype: torch.dtype) -> DTensor:
+        """A new state tensor of zeros, cut over every mesh dimension.
+
+        Args:
+            param: the parameter.
+            shape: the global shape of the state, (number, ., .) for a stack.
+            part: "projector", (m, r), its rows cut like those of the block and then over what cuts the kept dimension;
+                "moments", (r, n), its columns cut like those of the block and then over what cuts the projected one;
+                "error", (rows, columns), like the block that is stepped.
+            side: the projected side, "left" for rows.
+            dtype: of the state.
+        """
+        by_dim = self._cuts(part, side)[-len(shape) :]
+        local_shape = self._local_shape(shape, by_dim)
+        mesh = self._permuted(sum(by_dim, ()))
+        placements = [Shard(dim) for dim, dims in enumerate(by_dim) for _ in dims]
         # An uneven shard does not tell the global shape: it must be given.
         stride = torch.empty(tuple(shape), device="meta").stride()
-        return DTensor.from_local(
-            local, self.mesh, (Shard(dim),), run_check=False, shape=torch.Size(shape), stride=stride
-        )
+        local = torch.zeros(local_shape, dtype=dtype, device=self.device)
+        state = DTensor.from_local(local, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
+        device = self.local(param).device
+        return state if device.type == mesh.device_type else cast(DTensor, state.to(device))  # offloaded
 
-    def zeros_like(self, param: Tensor, kept_dim: int, dtype: torch.dtype) -> DTensor:
-        """A new state tensor of the parameter's shape, cut like the block that is stepped here."""
-        dim = kept_dim if self.sharded_dim is None else self.sharded_dim
-        return self.zeros(param, param.shape, dim, dtype)
+    def state_elements(self, shape: Sequence[int], part: str, side: str) -> int:
+        """Elements that this process holds of a state; the arguments are those of `new_state`."""
+        return math.prod(self._local_shape(shape, self._cuts(part, side)[-len(shape) :]))
+
+    def owner_rank(self, owner: int, side: str) -> int:
+        """Global rank of a matrix's owner, from its number among the processes that share the matrix."""
+        m_dims, n_dims = (self.rows, self.columns) if side == "left" else (self.columns, self.rows)
+        over_m, over_n = self._axes[m_dims], self._axes[n_dims + self.replicas]
+        place = [self.mesh.get_local_rank(d) for d in range(self.mesh.ndim)]
+        for dims, axis, index in (
+            (m_dims, over_m, owner // over_n.count),
+            (n_dims + self.replicas, over_n, owner % over_n.count),
+        ):
+            position = index if axis.order is None else axis.order[index]
+            for d in reversed(dims):
+                position, place[d] = divmod(position, self.mesh.size(d))
+        return int(self.mesh.mesh[tuple(place)])
+
+    def describe(self) -> str:
+        """What the mesh dimensions cut: 'rows/fsdp 8, columns/tp 2'."""
+        names = self.mesh.mesh_dim_names or [f"dim {d}" for d in range(self.mesh.ndim)]
+        cut_by = {"stack": self.stack, "rows": self.rows, "columns": self.columns, "replicas": self.replicas}
+        return ", ".join(f"{what}/{names[d]} {self.mesh.size(d)}" for what, dims in cut_by.items() for d in dims)
 
     def local(self, tensor: Tensor) -> Tensor:
         """The storage of a parameter or a state on this process."""
         return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor.detach()
 
+    def must_redistribute(self, param: Tensor) -> bool:
+        """Whether the gradient is not laid out like the parameter; `grad` is then a collective."""
+        grad = param.grad
+        return isinstance(grad, DTensor) and isinstance(param, DTensor) and grad.placements != param.placements
+
     def grad(self, param: Tensor) -> Tensor | None:
         """The gradient on this process, laid out like the parameter's storage."""
         grad = param.grad
         if isinstance(grad, DTensor) and isinstance(param, DTensor):
-            if grad.placements != param.placements:
+            if self.must_redistribute(param):
                 grad = grad.redistribute(placements=param.placements)
             return grad.to_local()
         return grad
+
+    def check(self, param: Tensor, name: str) -> None:
+        """Raise ValueError if this rank's shard is not what the parameter's placements say."""
+        if not isinstance(param, DTensor):
+            return
+        cuts, _ = mesh_dims_by_tensor_dim(param.placements, self.mesh.shape, param.ndim)
+        expected, found = self._local_shape(param.shape, cuts), list(param.to_local().shape)
+        if found != expected:
+            raise ValueError(
+                f"parameter {name} of shape {tuple(param.shape)} has a shard of {tuple(found)} on this rank: "
+                f"{param.placements} on a mesh {tuple(self.mesh.shape)} give {tuple(expected)}. "
+                f"Give DTensor.from_local the global shape and stride of uneven shards."
+            )
+
+    def _cuts(self, part: str, side: str) -> list[MeshDims]:
+        """The mesh dimensions that cut the stack, the rows and the columns of a state."""
+        m_dims, n_dims = (self.rows, self.columns) if side == "left" else (self.columns, self.rows)
+        n_dims += self.replicas
+        rows, columns = {
+            "projector": (m_dims + n_dims, ()),
+            "moments": ((), n_dims + m_dims),
+            "error": (m_dims, n_dims) if side == "left" else (n_dims, m_dims),
+        }[part]
+        return [self.stack, rows, columns]
+
+    def _sizes(self, dims: MeshDims) -> tuple[int, ...]:
+        return tuple(self.mesh.size(d) for d in dims)
+
+    def _bounds(self, length: int, dims: MeshDims) -> Bounds:
+        """This process's piece of a dimension that mesh dimensions cut one after the other."""
+        position = 0
+        for dim in dims:
+            position = position * self.mesh.size(dim) + self.mesh.get_local_rank(dim)
+        return cut(length, self._sizes(dims)).bounds[position]
+
+    def _local_shape(self, shape: Sequence[int], cuts: Sequence[MeshDims]) -> list[int]:
+        bounds = [self._bounds(length, dims) for length, dims in zip(shape, cuts, strict=True)]
+        return [stop - start for start, stop in bounds]
+
+    def _permuted(self, order: MeshDims) -> DeviceMesh:
+        """The same mesh with its dimensions in the order in which they cut a state, so that plain shards say it."""
+        if order not in self._meshes:
+            mesh = self.mesh
+            names = mesh.mesh_dim_names or tuple(f"dim_{d}" for d in range(mesh.ndim))  # several groups need names
+            self._meshes[order] = DeviceMesh.from_group(
+                [mesh.get_group(d) for d in order],
+                mesh.device_type,
+                mesh=mesh.mesh.permute(order).contiguous(),
+                mesh_dim_names=tuple(names[d] for d in order),
+            )
+        return self._meshes[order]
+
+
+def _check_regular(mesh: DeviceMesh) -> None:
+    """Owners are found by their ranks in groups, which are sorted: every slice of the mesh must be sorted alike."""
+    ranks = mesh.mesh
+    first = ranks.flatten()[0]
+    regular = torch.full_like(ranks, int(first))
+    for dim in range(mesh.ndim):
+        line = ranks.movedim(dim, -1).reshape(-1, mesh.size(dim))[0] - first
+        if (line.diff() <= 0).any():
+            break
+        regular += line.view([-1 if d == dim else 1 for d in range(mesh.ndim)])
+    else:
+        if torch.equal(ranks, regular):
+            return
+    raise ValueError(
+        f"a mesh {tuple(ranks.shape)} of ranks {ranks.flatten()[:16].tolist()}... is irregular: expected ranks that "
+        f"rise along every dimension, by the same amounts in every slice. Use init_device_mesh, or slices of its mesh."
+    )
+
+
+def _make_axis(mesh: DeviceMesh, dims: MeshDims) -> Axis:
+    """The group of the processes that differ in these mesh dimensions only."""
+    dims = tuple(d for d in dims if mesh.size(d) > 1)
+    cuts = tuple(mesh.size(d) for d in dims)
+    if not dims:
+        return WHOLE
+    if len(dims) == 1:
+        return Axis(cuts, mesh.get_local_rank(dims[0]), mesh.get_group(dims[0]))
+    here = [slice(None) if d in dims else mesh.get_local_rank(d) for d in range(mesh.ndim)]
+    block = mesh.mesh[tuple(here)]  # its dimensions in the order of the mesh
+    in_order = block.permute([sorted(dims).index(d) for d in dims]).flatten().tolist()
+    ranks = sorted(in_order)  # as a group numbers them
+    order = tuple(in_order.index(rank) for rank in ranks)
+    index = ranks.index(dist.get_rank())
+    return Axis(cuts, index, _joint_group(tuple(ranks)), None if in_order == ranks else order)
+
+
+_joint_groups: weakref.WeakKeyDictionary[Any, dict[tuple[int, ...], Any]] = weakref.WeakKeyDictionary()
+"""Groups over several mesh dimensions, by the world they belong to and their ranks: each has a communicator."""
+
+
+def _joint_group(ranks: tuple[int, ...]) -> Any:
+    world = dist.group.WORLD
+    if len(ranks) == dist.get_world_size():
+        return world
+    groups = _joint_groups.setdefault(world, {})
+    if ranks not in groups:
+        groups[ranks] = dist.new_group(list(ranks), use_local_synchronization=True)
+    return groups[ranks]

@@ -2,36 +2,67 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ldadam_dist.layout import MatrixLayout
+from ldadam_dist.layout import Bounds, MatrixLayout
 
 
 class TensorAdapter:
-    """A parameter that nobody shares."""
+    """A parameter that nobody shares; the interface is that of `MeshAdapter`.
+
+    Attributes:
+        device: where its matrices are stepped.
+        groups: nobody to agree with.
+        sharded: whether the states are DTensors.
+        copies: how many processes hold each element of the parameter.
+    """
 
     groups: tuple[tuple[Any, torch.device], ...] = ()
+    sharded = False
+    copies = 1
 
-    def layout(self, shape: Sequence[int], side: str, rank: int) -> MatrixLayout:
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def check(self, param: Tensor, name: str) -> None:
+        """A whole tensor is as it says."""
+
+    def layout(self, rows: int, columns: int, side: str, rank: int) -> MatrixLayout:
         """Layout of a (rows, columns) matrix of which `side` is projected onto `rank` directions."""
-        rows, columns = shape
         return MatrixLayout(*((rows, columns) if side == "left" else (columns, rows)), rank)
 
-    def zeros(self, param: Tensor, shape: Sequence[int], dim: int, dtype: torch.dtype) -> Tensor:
-        """A new state tensor of global `shape`; `dim` is the dimension that a mesh would cut."""
+    def held(self, number: int) -> tuple[Bounds, int]:
+        """Of a stack of `number` matrices, (start, stop) of those held here, and the most that any process holds."""
+        return (0, number), number
+
+    def new_state(self, param: Tensor, shape: Sequence[int], part: str, side: str, dtype: torch.dtype) -> Tensor:
+        """A new state tensor of zeros, of global `shape`."""
         return torch.zeros(tuple(shape), dtype=dtype, device=param.device)
 
-    def zeros_like(self, param: Tensor, kept_dim: int, dtype: torch.dtype) -> Tensor:
-        """A new state tensor of the parameter's shape, cut like the block that is stepped here."""
-        return torch.zeros_like(param, dtype=dtype)
+    def state_elements(self, shape: Sequence[int], part: str, side: str) -> int:
+        """Elements that this process holds of a state."""
+        return math.prod(shape)
+
+    def owner_rank(self, owner: int, side: str) -> int | None:
+        """Nobody owns what nobody shares."""
+        return None
+
+    def describe(self) -> str:
+        """What is cut by what."""
+        return "whole"
 
     def local(self, tensor: Tensor) -> Tensor:
         """The storage of a parameter or a state on this process."""
         return tensor.detach()
+
+    def must_redistribute(self, param: Tensor) -> bool:
+        """Whether the gradient is not laid out like the parameter."""
+        return False
 
     def grad(self, param: Tensor) -> Tensor | None:
         """The gradient on this process, laid out like the parameter's storage."""

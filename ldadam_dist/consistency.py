@@ -1,0 +1,71 @@
+"""Finds, at the first step, what ranks understand differently; a mismatch would otherwise hang or corrupt a run."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from itertools import zip_longest
+from typing import Any
+
+import torch
+
+from ldadam_dist.entries import Entry
+from ldadam_dist.runtime import agree, gather_objects, ranks_of
+
+_SETTINGS = (
+    "rank proj_type proj_method projector_init error_feedback error_dtype enable_lowrank flatten communication "
+    "lr betas eps weight_decay rho"
+).split()
+
+
+def check_ranks_agree(entries: Sequence[Entry], window: int) -> None:
+    """Compare parameters and settings over every group that shares them; collective.
+
+    Args:
+        entries: all trainable parameters, in the order in which they are stepped.
+        window: elements in flight together.
+    Raises:
+        RuntimeError: ranks differ; raised on all of them, with the first difference.
+    """
+    # In an order that does not depend on the parameters; several groups may have the same ranks.
+    groups = sorted(
+        {group for entry in entries for group in entry.adapter.groups},
+        key=lambda group: (ranks_of(group[0]), group[0].group_name),
+    )
+    shared = {group: [_line(e, window) for e in entries if group in e.adapter.groups] for group in groups}
+    differs = torch.zeros(1, dtype=torch.int64)
+    for group in groups:
+        digest = int.from_bytes(hashlib.sha256("\n".join(shared[group]).encode()).digest()[:7], "big")
+        largest, smallest = agree(torch.tensor([digest, -digest], device="cpu"), *group).tolist()
+        differs |= largest != -smallest
+    for group in groups:  # who shares nothing with the ranks that differ must stop as well
+        differs = agree(differs, *group)
+    if not differs:
+        return
+    found = [_first_difference(shared[group], group[0]) for group in groups]
+    raise RuntimeError(
+        next(filter(None, found), "ranks that share other parameters differ in these.")
+        + " Every rank must build the same model and the same parameter groups, in the same order."
+    )
+
+
+def _first_difference(lines: list[str], group: Any) -> str | None:
+    ranks, everyone = ranks_of(group), gather_objects(lines, group)
+    for other, theirs in zip(ranks, everyone, strict=True):
+        for number, (first, second) in enumerate(zip_longest(everyone[0], theirs, fillvalue="nothing")):
+            if first != second:
+                return (
+                    f"ranks {ranks[0]} and {other} differ in parameter {number} that they share: "
+                    f"rank {ranks[0]} has {first}; rank {other} has {second}."
+                )
+    return None
+
+
+def _line(entry: Entry, window: int) -> str:
+    settings = {key: entry.group[key] for key in _SETTINGS}
+    settings["lr"] = float(settings["lr"])
+    settings["betas"] = tuple(float(beta) for beta in settings["betas"])
+    told = ", ".join(f"{key}={value!r}" for key, value in settings.items())
+    placements = getattr(entry.param, "placements", "replicas")
+    shape, dtype = tuple(entry.param.shape), entry.param.dtype
+    return f"{entry.name} of shape {shape}, {dtype}, {placements}, {told}, window_elements={window}"

@@ -1,0 +1,80 @@
+"""One trainable parameter in a step: what it is, how it is stored, and what its gradient is like."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldadam_dist.adapters import Adapter
+from ldadam_dist.layout import Bounds, MatrixLayout
+from ldadam_dist.rules import Side, projected_side
+
+MISSING, ZERO, NONZERO, UNUSABLE = -1, 0, 1, 2
+"""Status of a gradient. The largest on any rank counts, on all of them."""
+
+
+@dataclass
+class Entry:
+    """One trainable parameter in this step.
+
+    Attributes:
+        name: how messages call it.
+        param: the parameter that is stepped.
+        group: its parameter group.
+        adapter: how it is stored.
+        matrices: (number, rows, columns) of the matrices that are projected; None for AdamW.
+        local_grad: its gradient on this process, if there is one; zeros where only another rank has one.
+        statuses: of the gradient of each of its matrices (of the whole gradient for AdamW), on all ranks that share it.
+    """
+
+    name: str
+    param: Tensor
+    group: dict[str, Any]
+    adapter: Adapter
+    matrices: tuple[int, int, int] | None
+    local_grad: Tensor | None = field(default=None, repr=False)
+    statuses: list[int] = field(default_factory=list)
+
+    @property
+    def status(self) -> int:
+        """Status of the whole gradient."""
+        return max(self.statuses, default=MISSING)
+
+    @property
+    def grad(self) -> Tensor:
+        """The local gradient of a parameter that is stepped."""
+        return torch.zeros_like(self.adapter.local(self.param)) if self.local_grad is None else self.local_grad
+
+    @property
+    def stacked(self) -> bool:
+        """Whether it is a stack of matrices, whose states have a leading dimension, `step` too."""
+        return self.matrices is not None and self.param.ndim > 2 and not self.group["flatten"]
+
+    @property
+    def number(self) -> int:
+        """How many matrices, and so statuses, it has."""
+        return self.matrices[0] if self.matrices else 1
+
+    @property
+    def held(self) -> Bounds:
+        """(start, stop) of the matrices that lie on this process."""
+        return self.adapter.held(self.number)[0] if self.stacked else (0, 1)
+
+    @property
+    def most_held(self) -> int:
+        """Matrices that lie on any process, at most."""
+        return self.adapter.held(self.number)[1] if self.stacked else 1
+
+    @property
+    def side(self) -> Side:
+        """The side of its matrices that is projected."""
+        assert self.matrices is not None
+        return projected_side(self.matrices[1:], self.group["proj_type"])
+
+    def layout(self) -> MatrixLayout:
+        """How each of its matrices is cut."""
+        assert self.matrices is not None
+        return self.adapter.layout(*self.matrices[1:], self.side, self.group["rank"])

@@ -1,0 +1,125 @@
+"""Where everything is: which rank owns a matrix, what each rank holds of its states, what a step moves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from ldadam_dist.costs import wire_elements
+from ldadam_dist.entries import Entry
+from ldadam_dist.plan import Unit
+from ldadam_dist.rules import compute_dtype, state_shapes, stored_error_dtype
+from ldadam_dist.tables import format_bytes, table
+
+_PARTS = {"projector": "projector", "exp_avg": "moments", "exp_avg_sq": "moments", "error": "error"}
+
+
+@dataclass(frozen=True)
+class Placed:
+    """One trainable parameter.
+
+    Attributes:
+        name, shape: its name and its global shape.
+        mesh: which mesh dimensions cut what, with their sizes: "rows/fsdp 8, columns/tp 2". Its states are cut by all
+            of them, replicas included.
+        side: the projected side, "rows" or "columns"; empty for AdamW.
+        communication: "lowrank" or "gather" (see `LDAdamW`), "none" where nobody shares a matrix; "AdamW".
+        owners: global ranks that compute the projectors of the matrices that this rank shares; empty where nobody
+            shares them.
+        state_bytes: of its states, on this rank; `step` is left out.
+        total_bytes: of its states, over all ranks that share it.
+        wire_bytes: that one step moves, per rank, by the count of `costs.wire_elements`.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    mesh: str
+    side: str
+    communication: str
+    owners: tuple[int, ...]
+    state_bytes: int
+    total_bytes: int
+    wire_bytes: int
+
+
+class Placement(tuple[Placed, ...]):
+    """The parameters of an optimizer, in its order; printed as a table."""
+
+    def __str__(self) -> str:
+        cells: list[tuple[str, ...]] = [
+            ("parameter", "shape", "mesh", "side", "step", "owner", "state here", "on all ranks", "wire per step")
+        ]
+        cells += [
+            (
+                row.name,
+                " × ".join(map(str, row.shape)) or "scalar",
+                row.mesh,
+                row.side,
+                row.communication,
+                _ranks(row.owners),
+                *map(format_bytes, (row.state_bytes, row.total_bytes, row.wire_bytes)),
+            )
+            for row in self
+        ]
+        totals = (
+            sum(column) for column in zip(*((r.state_bytes, r.total_bytes, r.wire_bytes) for r in self), strict=True)
+        )
+        lines = table([*cells, ("total", "", "", "", "", "", *map(format_bytes, totals))], "<><<<<>>>")
+        lines.insert(-1, lines[1])
+        return "\n".join(lines)
+
+
+def placement(entries: Sequence[Entry], windows: Iterable[Iterable[Unit]]) -> Placement:
+    """The placement of all trainable parameters; from metadata alone, so any rank may ask for it by itself.
+
+    Args:
+        entries: all parameters.
+        windows: the plan of those that are projected.
+    """
+    units: dict[int, list[Unit]] = {}
+    for window in windows:
+        for unit in window:
+            units.setdefault(unit.entry, []).append(unit)
+    planned = iter(range(len(units)))
+    return Placement(_matrix(e, units[next(planned)]) if e.matrices else _vector(e) for e in entries)
+
+
+def _vector(entry: Entry) -> Placed:
+    local, item = entry.adapter.local(entry.param).numel(), entry.param.dtype.itemsize
+    whole = math.prod(entry.param.shape)
+    copies = entry.adapter.copies
+    return Placed(
+        *(entry.name, tuple(entry.param.shape), entry.adapter.describe(), "", "AdamW", ()),
+        state_bytes=2 * local * item,
+        total_bytes=2 * whole * item * copies,
+        wire_bytes=0,
+    )
+
+
+def _matrix(entry: Entry, units: Sequence[Unit]) -> Placed:
+    group, layout, dtype = entry.group, units[0].layout, compute_dtype(entry.param.dtype)
+    shapes = state_shapes(entry.param.shape, group)
+    sizes = dict.fromkeys(("projector", "exp_avg", "exp_avg_sq"), dtype.itemsize)
+    if group["error_feedback"]:
+        sizes["error"] = stored_error_dtype(entry.param.dtype, group["error_dtype"]).itemsize
+    elements = {key: entry.adapter.state_elements(shapes[key], _PARTS[key], entry.side) for key in sizes}
+    start, stop = entry.held
+    owners = [entry.adapter.owner_rank(unit.owner, entry.side) for unit in units[: stop - start]]
+    wire = wire_elements(layout, units[0].communication, group["proj_method"], group["error_feedback"])
+    return Placed(
+        name=entry.name,
+        shape=tuple(entry.param.shape),
+        mesh=entry.adapter.describe(),
+        side="rows" if entry.side == "left" else "columns",
+        communication="none" if layout.whole else units[0].communication,
+        owners=() if layout.whole else tuple(rank for rank in owners if rank is not None),
+        state_bytes=sum(elements[key] * size for key, size in sizes.items()),
+        total_bytes=sum(math.prod(shapes[key]) * size for key, size in sizes.items()),
+        wire_bytes=round(wire * (stop - start) * dtype.itemsize),
+    )
+
+
+def _ranks(owners: Sequence[int]) -> str:
+    distinct = sorted(set(owners))
+    return ", ".join(map(str, distinct)) if len(distinct) <= 4 else f"{len(distinct)} ranks"

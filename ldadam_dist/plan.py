@@ -1,0 +1,84 @@
+"""Where each matrix is stepped, by whom and together with which others: decided once, from metadata alone.
+
+Shapes, meshes and settings are the same on every rank that shares a matrix, and nothing else is used here. So all
+ranks cut the work into the same windows and agree on the owners without a word.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass
+
+from ldadam_dist.costs import Communication, owner_work
+from ldadam_dist.layout import MatrixLayout
+
+WINDOW_ELEMENTS = 2**25
+"""Elements of matrices in flight together on a rank, by default: 128 MiB in float32."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One matrix of a parameter, or the place of one: other ranks may hold one expert more than this.
+
+    Attributes:
+        entry: number of the parameter among those that are projected.
+        slot: number of the matrix among those that a rank holds of it.
+        layout: how it is cut.
+        communication: how it is stepped.
+        owner: number of its owner among the processes that share it.
+    """
+
+    entry: int
+    slot: int
+    layout: MatrixLayout
+    communication: Communication
+    owner: int
+
+
+def make_plan(matrices: Sequence[tuple[MatrixLayout, int, Communication]], window: int) -> list[list[Unit]]:
+    """Windows of units, to be stepped one window after the other.
+
+    Args:
+        matrices: for each parameter the layout of its matrices, how many of them a rank holds at most, and how they are
+            stepped.
+        window: elements in flight together: of the blocks on a rank, and of the matrices gathered on it. A window has
+            at least one unit.
+    """
+    slots = [(e, s, layout, how) for e, (layout, count, how) in enumerate(matrices) for s in range(count)]
+    owners = assign_owners([(layout, how) for _, _, layout, how in slots])
+    units = [Unit(*slot, owner) for slot, owner in zip(slots, owners, strict=True)]
+    return list(_windows(units, window))
+
+
+def assign_owners(matrices: Sequence[tuple[MatrixLayout, Communication]]) -> list[int]:
+    """For each matrix the number, among the processes that share it, of the one that owns it.
+
+    The heaviest matrix goes first, each to the process with the least work so far.
+    """
+    load: dict[Hashable, list[int]] = {}
+    owners = [0] * len(matrices)
+    work = [owner_work(*matrix) for matrix in matrices]
+    for i in sorted(range(len(matrices)), key=lambda i: -work[i]):
+        layout = matrices[i][0]
+        so_far = load.setdefault((layout.over_m.group, layout.over_n.group), [0] * layout.processes)
+        owners[i] = so_far.index(min(so_far))
+        so_far[owners[i]] += work[i]
+    return owners
+
+
+def _windows(units: Iterable[Unit], window: int) -> Iterable[list[Unit]]:
+    together: list[Unit] = []
+    blocks, gathered = 0, dict[Hashable, int]()
+    for unit in units:
+        layout = unit.layout
+        place = (layout.over_m.group, layout.over_n.group, unit.owner)
+        whole = layout.m * layout.n if unit.communication == "gather" else 0
+        most = max([*gathered.values(), gathered.get(place, 0) + whole])
+        if together and blocks + layout.shard_elements + most > window:
+            yield together
+            together, blocks, gathered = [], 0, {}
+        together.append(unit)
+        blocks += layout.shard_elements
+        gathered[place] = gathered.get(place, 0) + whole
+    if together:
+        yield together

@@ -1,0 +1,155 @@
+"""Collectives over one axis, each answering many requests with one call on a flat buffer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ldadam_dist.layout import Axis
+from ldadam_dist.requests import Gather, ScatterSum, Sum
+
+# Newer names of the same collectives, where torch has them: the old ones warn there.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+def flat(tensors: Iterable[Tensor], like: Tensor) -> Tensor:
+    """All elements in one contiguous vector; a fresh one, as collectives overwrite it."""
+    parts = [t.reshape(-1) for t in tensors]
+    return torch.cat(parts) if parts else like.new_empty(0)
+
+
+def unflat(vector: Tensor, shapes: Iterable[Sequence[int]]) -> list[Tensor]:
+    """Tensors of these shapes out of one vector, as views."""
+    out, at = [], 0
+    for shape in shapes:
+        size = torch.Size(shape).numel()
+        out.append(vector[at : at + size].view(*shape))
+        at += size
+    return out
+
+
+def split(tensor: Tensor, dim: Literal[-2, -1], axis: Axis) -> Tensor:
+    """The pieces of a tensor by group rank, (count, ...), each padded with zeros to the longest."""
+    length, pieces = tensor.shape[dim], axis.pieces(tensor.shape[dim])
+    if pieces.regular:
+        padded = _pad(tensor, dim, axis.count * pieces.longest - length)
+        parts: Tensor = padded.unflatten(dim, (axis.count, pieces.longest)).movedim(dim - 1, 0)
+        return parts
+    each = [tensor.narrow(dim, start, stop - start) for start, stop in pieces.bounds]
+    return torch.stack([_pad(part, dim, pieces.longest - part.shape[dim]) for part in each])
+
+
+def join(parts: Tensor, dim: Literal[-2, -1], axis: Axis, length: int) -> Tensor:
+    """What `split` took apart: (count, ...) padded pieces side by side, `length` long."""
+    pieces = axis.pieces(length)
+    if pieces.regular:
+        return parts.movedim(0, dim - 1).flatten(dim - 1, dim).narrow(dim, 0, length)
+    in_order = sorted(range(axis.count), key=lambda p: pieces.bounds[p])
+    return torch.cat([parts[p].narrow(dim, 0, pieces.bounds[p][1] - pieces.bounds[p][0]) for p in in_order], dim)
+
+
+def _pad(tensor: Tensor, dim: Literal[-2, -1], extra: int) -> Tensor:
+    if not extra:
+        return tensor
+    return pad(tensor, (0, extra) if dim == -1 else (0, 0, 0, extra))
+
+
+def answer_sums(requests: Sequence[Sum], axis: Axis) -> list[Tensor]:
+    """One all-reduce."""
+    total = flat((q.tensor for q in requests), requests[0].tensor)
+    dist.all_reduce(total, group=axis.group)
+    return unflat(total, (q.tensor.shape for q in requests))
+
+
+def answer_scatter_sums(requests: Sequence[ScatterSum], axis: Axis) -> list[Tensor]:
+    """One reduce-scatter."""
+    parts = [split(q.tensor, -1, axis) for q in requests]
+    outgoing = torch.cat([part.flatten(1) for part in parts], dim=1)
+    mine = outgoing.new_zeros(outgoing.shape[1])
+    _reduce_scatter(mine, outgoing.view(-1), group=axis.group)
+    answers = []
+    for q, padded in zip(requests, unflat(mine, (part.shape[1:] for part in parts)), strict=True):
+        start, stop = axis.bounds(q.tensor.shape[-1])
+        answers.append(padded[..., : stop - start])
+    return answers
+
+
+def answer_gathers(requests: Sequence[Gather], axis: Axis) -> list[Tensor]:
+    """One all-gather."""
+    padded = []
+    for q in requests:
+        start, stop = axis.bounds(q.length)
+        assert q.tensor.shape[q.dim] == stop - start, "a stored slice is not as long as its layout says"
+        padded.append(_pad(q.tensor, q.dim, axis.pieces(q.length).longest - q.tensor.shape[q.dim]))
+    mine = flat(padded, padded[0])
+    whole = mine.new_zeros(axis.count, mine.numel())
+    _all_gather(whole.view(-1), mine, group=axis.group)
+    sections = whole.split([part.numel() for part in padded], dim=1)
+    return [
+        join(section.unflatten(1, part.shape), q.dim, axis, q.length)
+        for q, section, part in zip(requests, sections, padded, strict=True)
+    ]
+
+
+def exchange(outgoing: Sequence[Tensor], sizes: Sequence[int], axis: Axis) -> list[Tensor]:
+    """One all-to-all: vector p goes to group rank p, and from rank p come `sizes[p]` elements."""
+    # One element more goes from here to here: back-ends need not take a vector without any, and the fake one does not.
+    vectors, coming = list(outgoing), list(sizes)
+    vectors[axis.index] = pad(vectors[axis.index], (0, 1))
+    coming[axis.index] += 1
+    received = vectors[0].new_zeros(sum(coming))
+    dist.all_to_all_single(received, torch.cat(vectors), coming, [v.numel() for v in vectors], group=axis.group)
+    return [vector[:size] for vector, size in zip(received.split(coming), sizes, strict=True)]
+
+
+def reduce_to(vectors: dict[int, Tensor], axis: Axis) -> None:
+    """Sum vector p, in place, on group rank p; on the others it is spoilt."""
+    works = [
+        dist.reduce(vector, group_dst=p, group=axis.group, async_op=True)
+        for p, vector in vectors.items()
+        if vector.numel()
+    ]
+    for work in works:
+        work.wait()
+
+
+def broadcast_from(vectors: dict[int, Tensor], axis: Axis) -> None:
+    """Give everyone, in place, vector p of group rank p."""
+    works = [
+        dist.broadcast(vector, group_src=p, group=axis.group, async_op=True)
+        for p, vector in vectors.items()
+        if vector.numel()
+    ]
+    for work in works:
+        work.wait()
+
+
+def agree(status: Tensor, group: Any, device: torch.device) -> Tensor:
+    """Element-wise maximum of a small CPU tensor over a group.
+
+    Args:
+        status: CPU tensor, of one shape on every process.
+        group: process group.
+        device: where it communicates.
+    """
+    on_device = status.to(device)
+    dist.all_reduce(on_device, op=dist.ReduceOp.MAX, group=group)
+    return on_device.to(status.device)
+
+
+def gather_objects(mine: Any, group: Any) -> list[Any]:
+    """What each rank of a group gives, by group rank; any picklable object."""
+    found: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(found, mine, group=group)
+    return found
+
+
+def ranks_of(group: Any) -> list[int]:
+    """Global ranks of a group's members."""
+    return dist.get_process_group_ranks(group)

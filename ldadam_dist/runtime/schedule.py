@@ -1,0 +1,100 @@
+"""Runs the jobs of a window in lockstep, and groups what they ask for.
+
+Each round advances every job to its next request, and requests of one kind over one group become a single collective.
+Rounds and buffers follow from the order of the jobs and from their layouts alone, so every process issues the same
+collectives in the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ldadam_dist.layout import Axis, MatrixLayout
+from ldadam_dist.requests import Delegate, Exchange, Gather, OnOwner, Request, ScatterSum, Sum, alone
+from ldadam_dist.runtime.collectives import answer_gathers, answer_scatter_sums, answer_sums
+from ldadam_dist.runtime.owners import Owned, answer_delegates, answer_on_owners
+
+
+@dataclass
+class Job:
+    """A batch of matrices of equal layout, to be stepped.
+
+    Attributes:
+        layout: where each of them lies.
+        owners: for each matrix, the number of the process that computes its projector: its place (i, j) as
+            i · over_n.count + j.
+        start: makes the exchange; memory is taken here, not before.
+        finish: takes the exchange's result.
+    """
+
+    layout: MatrixLayout
+    owners: tuple[int, ...]
+    start: Callable[[], Exchange]
+    finish: Callable[[Any], None]
+
+
+def run(jobs: Iterable[Job]) -> None:
+    """Run the jobs of one window: those of shared matrices together.
+
+    A job that asks nobody runs by itself: its matrix is then still in the cache from one product to the next.
+    """
+    shared = []
+    for job in jobs:
+        if job.layout.whole:
+            job.finish(alone(job.start()))
+        else:
+            shared.append(job)
+    exchanges = [job.start() for job in shared]
+    answers: dict[int, Any] = dict.fromkeys(range(len(shared)))
+    while answers:
+        asked: dict[int, Request] = {}
+        for i, answer in answers.items():
+            try:
+                asked[i] = exchanges[i].send(answer)
+            except StopIteration as end:
+                shared[i].finish(end.value)
+        answers = _answer(shared, asked)
+
+
+def _answer(jobs: Sequence[Job], asked: dict[int, Request]) -> dict[int, Any]:
+    """Answers by job number. What needs nobody else is answered at once; the rest is grouped into collectives."""
+    answers: dict[int, Any] = dict.fromkeys(asked)  # keeps the jobs' order
+    together: dict[tuple[Any, ...], list[int]] = {}
+    for i, request in asked.items():
+        if isinstance(request, (OnOwner, Delegate)):
+            axes: tuple[Axis, ...] = (jobs[i].layout.over_m, jobs[i].layout.over_n)
+        else:
+            axes = (request.axis,)
+        if all(axis.count == 1 for axis in axes):
+            answers[i] = request.alone()
+        else:
+            tensor = request.tensors[0] if isinstance(request, Delegate) else request.tensor
+            together.setdefault((type(request), tensor.dtype, *axes), []).append(i)
+    for (kind, _, axis, *_), members in together.items():
+        requests: list[Any] = [asked[i] for i in members]
+        layouts = [jobs[i].layout for i in members]
+        if kind is Sum:
+            results: Sequence[Any] = answer_sums(requests, axis)
+        elif kind is ScatterSum:
+            results = answer_scatter_sums(requests, axis)
+        elif kind is Gather:
+            results = answer_gathers(requests, axis)
+        else:
+            owned = _owned([jobs[i] for i in members])
+            results = (answer_on_owners if kind is OnOwner else answer_delegates)(requests, layouts, owned)
+        answers.update(zip(members, results, strict=True))
+    return answers
+
+
+def _owned(jobs: Sequence[Job]) -> Owned:
+    """What each owner has: (job number, its matrices), without the jobs in which it owns none."""
+    owned: Owned = {}
+    for i, job in enumerate(jobs):
+        for b, owner in enumerate(job.owners):
+            mine = owned.setdefault(owner, [])
+            if not mine or mine[-1][0] != i:
+                mine.append((i, []))
+            mine[-1][1].append(b)
+    return dict(sorted(owned.items()))
