@@ -129,6 +129,12 @@ def check_grad(name: str, param: Tensor) -> None:
             f"the gradient of parameter {name} has layout {param.grad.layout}: expected a dense gradient. "
             f"Use sparse=False in the embedding."
         )
+    mesh, other = getattr(param, "device_mesh", None), getattr(param.grad, "device_mesh", None)
+    if param.grad is not None and mesh != other:
+        raise ValueError(
+            f"the gradient of parameter {name} lies on {other or 'no mesh'}, the parameter on {mesh or 'no mesh'}: "
+            f"expected one mesh. Redistribute the gradient before step()."
+        )
 
 
 def check_storage(name: str, local: Tensor, flatten: bool) -> None:

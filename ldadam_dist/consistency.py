@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from ldadam_dist.entries import Entry
+from ldadam_dist.entries import Entry, groups_of
 from ldadam_dist.runtime import agree, gather_objects, ranks_of
 
 _SETTINGS = (
@@ -18,34 +19,36 @@ _SETTINGS = (
 ).split()
 
 
-def check_ranks_agree(entries: Sequence[Entry], window: int) -> None:
-    """Compare parameters and settings over every group that shares them; collective.
+def check_ranks_agree(entries: Sequence[Entry], states: Mapping[Tensor, Mapping[str, Any]], window: int) -> None:
+    """Compare parameters, settings and step counts over every group that shares them; collective.
 
     Args:
         entries: all trainable parameters, in the order in which they are stepped.
+        states: the states that there are.
         window: elements in flight together.
     Raises:
         RuntimeError: ranks differ; raised on all of them, with the first difference.
     """
-    # In an order that does not depend on the parameters; several groups may have the same ranks.
-    groups = sorted(
-        {group for entry in entries for group in entry.adapter.groups},
-        key=lambda group: (ranks_of(group[0]), group[0].group_name),
-    )
-    shared = {group: [_line(e, window) for e in entries if group in e.adapter.groups] for group in groups}
-    differs = torch.zeros(1, dtype=torch.int64)
+    groups = groups_of(entries)
+    ranks = {group: tuple(ranks_of(group[0])) for group in groups}  # several groups may have the same ranks
+    lines = {
+        group: [_line(e, states, window) for e in entries if any(ranks[g] == ranks[group] for g in e.adapter.groups)]
+        for group in groups
+    }
+    differs = torch.zeros(1, dtype=torch.int64, device="cpu")
     for group in groups:
-        digest = int.from_bytes(hashlib.sha256("\n".join(shared[group]).encode()).digest()[:7], "big")
+        digest = int.from_bytes(hashlib.sha256("\n".join(lines[group]).encode()).digest()[:7], "big")
         largest, smallest = agree(torch.tensor([digest, -digest], device="cpu"), *group).tolist()
         differs |= largest != -smallest
     for group in groups:  # who shares nothing with the ranks that differ must stop as well
         differs = agree(differs, *group)
     if not differs:
         return
-    found = [_first_difference(shared[group], group[0]) for group in groups]
+    found = [_first_difference(lines[group], group[0]) for group in groups]
     raise RuntimeError(
-        next(filter(None, found), "ranks that share other parameters differ in these.")
-        + " Every rank must build the same model and the same parameter groups, in the same order."
+        next(filter(None, found), "ranks with which this one shares no mesh dimension differ in their parameters.")
+        + " Every rank must build the same model and the same parameter groups, in the same order, and load the same "
+        "state."
     )
 
 
@@ -61,11 +64,13 @@ def _first_difference(lines: list[str], group: Any) -> str | None:
     return None
 
 
-def _line(entry: Entry, window: int) -> str:
+def _line(entry: Entry, states: Mapping[Tensor, Mapping[str, Any]], window: int) -> str:
     settings = {key: entry.group[key] for key in _SETTINGS}
     settings["lr"] = float(settings["lr"])
     settings["betas"] = tuple(float(beta) for beta in settings["betas"])
     told = ", ".join(f"{key}={value!r}" for key, value in settings.items())
     placements = getattr(entry.param, "placements", "replicas")
     shape, dtype = tuple(entry.param.shape), entry.param.dtype
-    return f"{entry.name} of shape {shape}, {dtype}, {placements}, {told}, window_elements={window}"
+    step = states.get(entry.param, {}).get("step")
+    told += f", step={0 if step is None else step.tolist()}, window_elements={window}"
+    return f"{entry.name} of shape {shape}, {dtype}, {placements}, {told}"

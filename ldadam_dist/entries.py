@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from ldadam_dist.adapters import Adapter
 from ldadam_dist.layout import Bounds, MatrixLayout
 from ldadam_dist.rules import Side, projected_side
+from ldadam_dist.runtime import ranks_of
 
 MISSING, ZERO, NONZERO, UNUSABLE = -1, 0, 1, 2
 """Status of a gradient. The largest on any rank counts, on all of them."""
@@ -78,3 +80,17 @@ class Entry:
         """How each of its matrices is cut."""
         assert self.matrices is not None
         return self.adapter.layout(*self.matrices[1:], self.side, self.group["rank"])
+
+
+def groups_of(entries: Iterable[Entry]) -> list[tuple[Any, torch.device]]:
+    """The process groups of all parameters with their devices, in an order that does not depend on the parameters.
+
+    All slices of one mesh dimension have the same stride. Sorted by that, one pass over the groups, each telling what
+    it has heard so far, reaches every rank of a mesh; and it is the same order on all ranks.
+    """
+
+    def key(group: tuple[Any, torch.device]) -> tuple[int, list[int], str]:
+        ranks = ranks_of(group[0])
+        return ranks[-1] - ranks[-2] if len(ranks) > 1 else 0, ranks, group[0].group_name
+
+    return sorted({group for entry in entries for group in entry.adapter.groups}, key=key)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ldadam_dist.entries import MISSING, NONZERO, UNUSABLE, ZERO, Entry
+from ldadam_dist.entries import MISSING, NONZERO, UNUSABLE, ZERO, Entry, groups_of
 from ldadam_dist.runtime import agree
 
 
@@ -15,56 +15,67 @@ def inspect_gradients(entries: Sequence[Entry]) -> bool:
     """Read all gradients and set each entry's statuses. Returns whether any rank has an unusable one.
 
     Unusable is what is not finite and, in a matrix that is projected, what overflows when it is squared: the power
-    iteration multiplies by the gradient twice.
+    iteration multiplies by the gradient twice. A gradient that only some ranks have is zero on the others.
 
     Raises:
-        RuntimeError: a gradient must be redistributed, and a rank does not have it; raised on all that share it.
+        RuntimeError: a gradient must be redistributed, and a rank does not have it so; raised on all ranks.
     """
     # A gradient that is laid out otherwise than its parameter is redistributed by all ranks together. Whether there is
     # one, and whether all have it, is told along with the statuses; usually there is none, and that is all.
     moved = [entry.adapter.must_redistribute(entry.param) for entry in entries]
-    absent = [entry.param.grad is None for entry in entries]
     for entry, differs in zip(entries, moved, strict=True):
         entry.local_grad = None if differs else entry.adapter.grad(entry.param)
     _read(entries)
-    worst, moved, absent = _agree(entries, moved, absent)
-    if any(moved):
+    present = [entry.param.grad is not None for entry in entries]
+    (present, moved, kept), any_moved, unusable = _agree(entries, [present, moved, [not differs for differs in moved]])
+    if any_moved:
+        mixed = [entry for entry, *both in zip(entries, moved, kept, strict=True) if all(both)]
+        failed = torch.tensor([len(mixed)], dtype=torch.int32, device="cpu")
+        for group in groups_of(entries):
+            failed = agree(failed, *group)
+        if failed:
+            raise RuntimeError(
+                f"parameter {mixed[0].name if mixed else 'on other ranks'} has a gradient of other placements than its "
+                f"own on one rank, and on another none or one of its own placements: expected the same on all, as they "
+                f"must redistribute it together. Give every rank a gradient (zeros will do), or freeze the parameter."
+            )
         redistributed = [entry for entry, differs in zip(entries, moved, strict=True) if differs]
-        for entry, differs, lacking in zip(entries, moved, absent, strict=True):
-            if differs and lacking:
-                raise RuntimeError(
-                    f"parameter {entry.name} has a gradient of other placements than its own on one rank and none on "
-                    f"another: expected it on all, as they must redistribute it together. Give every rank a gradient "
-                    f"(zeros will do), or freeze the parameter."
-                )
         for entry in redistributed:
             entry.local_grad = entry.adapter.grad(entry.param)
         _read(redistributed)
-        worst, *_ = _agree(entries, moved, absent)
-    return worst == UNUSABLE
+        (present, *_), _, unusable = _agree(entries, [present, moved, kept])
+    for entry, has_gradient in zip(entries, present, strict=True):
+        if has_gradient:
+            entry.statuses = [max(status, ZERO) for status in entry.statuses]
+    return unusable
 
 
-def _agree(
-    entries: Sequence[Entry], moved: Sequence[bool], absent: Sequence[bool]
-) -> tuple[int, list[bool], list[bool]]:
-    """Make the statuses those on which the ranks agree. Returns the worst anywhere, and the flags that any rank set.
+def _agree(entries: Sequence[Entry], flags: Sequence[Sequence[bool]]) -> tuple[list[list[bool]], bool, bool]:
+    """Make the statuses those on which the ranks agree.
 
-    Only what a group shares is told to it: another process may have parameters of its own. The worst status of all
-    goes along, as every process skips the step if one must.
+    Only what a group shares is told to it: another process may have parameters of its own. Two things go along to
+    everyone: every process must redistribute, or skip the step, if one must.
+
+    Args:
+        entries: all parameters.
+        flags: (present, moved, kept) of each gradient.
+    Returns:
+        the flags that any rank has set, whether any gradient is moved anywhere, and whether any is unusable.
     """
     numbers = [entry.number for entry in entries]
     status = torch.tensor([s for entry in entries for s in entry.statuses], dtype=torch.int32, device="cpu")
-    flags = torch.tensor([moved, absent], dtype=torch.int32, device="cpu")
-    worst = torch.tensor([max(status.tolist(), default=MISSING)], dtype=torch.int32, device="cpu")
-    for group in dict.fromkeys(group for entry in entries for group in entry.adapter.groups):
+    flagged = torch.tensor(flags, dtype=torch.int32, device="cpu")
+    everyone = torch.tensor([any(flags[1]), UNUSABLE in status.tolist()], dtype=torch.int32, device="cpu")
+    for group in groups_of(entries):
         has = torch.tensor([group in entry.adapter.groups for entry in entries], device="cpu")
         shared = has.repeat_interleave(torch.tensor(numbers, device="cpu"))
-        mine = (status[shared], flags[:, has].flatten(), worst)
-        status[shared], told, worst = agree(torch.cat(mine), *group).split([len(part) for part in mine])
-        flags[:, has] = told.view(2, -1)
+        mine = (status[shared], flagged[:, has].flatten(), everyone)
+        status[shared], told, everyone = agree(torch.cat(mine), *group).split([len(part) for part in mine])
+        flagged[:, has] = told.view(len(flags), -1)
     for entry, statuses in zip(entries, status.split(numbers), strict=True):
         entry.statuses = statuses.tolist()
-    return int(worst), flags[0].bool().tolist(), flags[1].bool().tolist()
+    any_moved, unusable = everyone.bool().tolist()
+    return flagged.bool().tolist(), any_moved, unusable
 
 
 def _read(entries: Sequence[Entry]) -> None:

@@ -188,6 +188,13 @@ class MatrixLayout:
         return self.over_m.pieces(self.m).longest * self.over_n.pieces(self.n).longest
 
     @property
+    def held_elements(self) -> int:
+        """Elements of the largest weight, and of the factors as long as it; the same on every process."""
+        rows = self.over_m.pieces(self.m).longest
+        columns = self.over_n.pieces(self.n).longest * self.replicas.count
+        return rows * columns + self.rank * (rows + columns)
+
+    @property
     def stored_rows(self) -> Bounds:
         """Bounds, within the block's rows, of the projector rows stored here."""
         return self.over_n.bounds(self.m_local)

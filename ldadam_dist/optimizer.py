@@ -196,7 +196,7 @@ class LDAdamW(Optimizer):
                 entry.name, entry.matrices is not None, entry.group, self.state.get(entry.param, {})
             )
         if not self._ranks_agree:
-            check_ranks_agree(entries, self._window)
+            check_ranks_agree(entries, self.state, self._window)
             self._ranks_agree = True
         unusable = inspect_gradients(entries)
         for entry in entries:
@@ -249,6 +249,7 @@ class LDAdamW(Optimizer):
 
         def restore(_: Optimizer) -> None:
             # torch has cast every state to its parameter's dtype; take the saved ones instead.
+            self._ranks_agree = False
             for entry, state in loaded:
                 for key, value in state.items():
                     if isinstance(value, Tensor) and key != "step":

@@ -41,8 +41,8 @@ def make_plan(matrices: Sequence[tuple[MatrixLayout, int, Communication]], windo
     Args:
         matrices: for each parameter the layout of its matrices, how many of them a rank holds at most, and how they are
             stepped.
-        window: elements in flight together: of the blocks on a rank, and of the matrices gathered on it. A window has
-            at least one unit.
+        window: elements in flight together: of weights and factors on a rank, and of the matrices gathered on it. A
+            window has at least one unit.
     """
     slots = [(e, s, layout, how) for e, (layout, count, how) in enumerate(matrices) for s in range(count)]
     owners = assign_owners([(layout, how) for _, _, layout, how in slots])
@@ -74,11 +74,11 @@ def _windows(units: Iterable[Unit], window: int) -> Iterable[list[Unit]]:
         place = (layout.over_m.group, layout.over_n.group, unit.owner)
         whole = layout.m * layout.n if unit.communication == "gather" else 0
         most = max([*gathered.values(), gathered.get(place, 0) + whole])
-        if together and blocks + layout.shard_elements + most > window:
+        if together and blocks + layout.held_elements + most > window:
             yield together
             together, blocks, gathered = [], 0, {}
         together.append(unit)
-        blocks += layout.shard_elements
+        blocks += layout.held_elements
         gathered[place] = gathered.get(place, 0) + whole
     if together:
         yield together

@@ -20,12 +20,13 @@ import torch
 import torch.distributed as dist
 from reference import Reference
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from ldadam_dist import LDAdamW, runtime
-from ldadam_dist.layout import Axis, MatrixLayout
-from ldadam_dist.requests import Gather, OnOwner, ScatterSum, Sum
+from ldadam_dist import LDAdamW
+from ldadam_dist.layout import Axis
+from ldadam_dist.requests import Gather, ScatterSum, Sum
+from ldadam_dist.runtime import collectives
 
 pytestmark = [
     pytest.mark.gpu,
@@ -36,8 +37,9 @@ DEVICE = torch.device("cuda", 0)
 BACKEND = "nccl"
 STEPS = 20
 
-# Two of a kind are batched where they are small; (190, 210) is stepped in place; the last three get AdamW.
-SHAPES = [(48, 80), (48, 80), (80, 48), (64, 64), (190, 210), (31,), (4, 30), (3, 4, 5)]
+# Two of a kind are batched where they are small; (190, 210) is stepped in place; (3, 24, 40) is a stack of matrices;
+# the last three get AdamW.
+SHAPES = [(48, 80), (48, 80), (80, 48), (64, 64), (190, 210), (3, 24, 40), (31,), (4, 30), (3, 4, 5)]
 
 
 @pytest.fixture(autouse=True)
@@ -91,7 +93,7 @@ def test_float32_equals_the_cpu_after_every_step(proj_type: str, options: dict[s
     for param in there:
         state = on_device.state[param]
         assert all(value.device == DEVICE for key, value in state.items() if key != "step")
-        assert state["step"] == STEPS
+        assert (state["step"] == STEPS).all()
 
 
 @pytest.mark.parametrize(("error_dtype", "noise", "share"), [("float32", 1e-2, 0.03), (None, 5e-2, 0.2)], ids=str)
@@ -282,13 +284,16 @@ def join_nccl(folder: str, world_size: int) -> torch.device:
     return device
 
 
-def llama_history(dtype: torch.dtype, device: torch.device, proj_type: str, shard: bool) -> list[dict[str, Tensor]]:
+def llama_history(
+    dtype: torch.dtype, device: torch.device, proj_type: str, shard: bool, offload: bool = False
+) -> list[dict[str, Tensor]]:
     """Weights and errors, whole, after every step of a small Llama; alone, or as one rank of the default group."""
     model = models.tiny_llama(dtype).to(device)
     if shard:
+        policy = {"offload_policy": CPUOffloadPolicy()} if offload else {}
         for block in model.model.layers:
-            fully_shard(block)
-        fully_shard(model)
+            fully_shard(block, **policy)
+        fully_shard(model, **policy)
     optimizer = LDAdamW(model.named_parameters(), lr=1e-2, weight_decay=0.1, rank=4, proj_type=proj_type)
     history = []
     for step in range(STEPS):
@@ -302,29 +307,37 @@ def llama_history(dtype: torch.dtype, device: torch.device, proj_type: str, shar
         history.append({name: whole(tensor) for name, tensor in seen.items()})
     for param in model.parameters() if shard else ():
         for key, value in optimizer.state[param].items():
-            assert key == "step" or (isinstance(value, DTensor) and value.to_local().device == device)
+            if key != "step":
+                assert isinstance(value, DTensor)
+                assert value.to_local().device == (torch.device("cpu") if offload else device)
     return history
 
 
 def whole(tensor: Tensor) -> Tensor:
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu().clone()
+    if isinstance(tensor, DTensor):
+        tensor = tensor.to(tensor.device_mesh.device_type).full_tensor()  # NCCL gathers no CPU tensors
+    return tensor.detach().cpu().clone()
 
 
-def sharded_history(folder: str, world_size: int, dtype: torch.dtype, proj_type: str) -> list[dict[str, Tensor]]:
-    return llama_history(dtype, join_nccl(folder, world_size), proj_type, shard=True)
+def sharded_history(
+    folder: str, world_size: int, dtype: torch.dtype, proj_type: str, offload: bool
+) -> list[dict[str, Tensor]]:
+    return llama_history(dtype, join_nccl(folder, world_size), proj_type, shard=True, offload=offload)
 
 
 @pytest.mark.usefixtures("spawned")
 @pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("offload", [False, True], ids=["on the device", "offloaded"])
 @pytest.mark.parametrize("proj_type", ["left", "right"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)], ids=str)
 def test_fsdp2_over_nccl_equals_one_device(
-    tmp_path: Path, world_size: int, proj_type: str, dtype: torch.dtype, tolerance: float
+    tmp_path: Path, world_size: int, offload: bool, proj_type: str, dtype: torch.dtype, tolerance: float
 ) -> None:
     if torch.cuda.device_count() < world_size:
         pytest.skip(f"needs {world_size} CUDA devices")
     expected = llama_history(dtype, DEVICE, proj_type, shard=False)
-    for found in distributed.run_ranks(world_size, sharded_history, str(tmp_path), world_size, dtype, proj_type):
+    settings = (str(tmp_path), world_size, dtype, proj_type, offload)
+    for found in distributed.run_ranks(world_size, sharded_history, *settings):
         for step, (mine, single) in enumerate(zip(found, expected, strict=True), start=1):
             assert mine.keys() == single.keys()
             for name, tensor in single.items():
@@ -336,21 +349,23 @@ def test_fsdp2_over_nccl_equals_one_device(
 def answers_over_nccl(folder: str) -> None:
     """Every collective of the runtime on a group of one rank, where each must give back what went in."""
     device = join_nccl(folder, 1)
-    axis = Axis(1, 0, dist.group.WORLD)
+    axis = Axis((1,), 0, dist.group.WORLD)
     a, b = torch.randn(3, 5, 7, device=device), torch.randn(2, 4, 6, device=device).mT  # one is not contiguous
-    for name, kind in (("_sum", Sum), ("_scatter_sum", ScatterSum)):
-        for found, tensor in zip(getattr(runtime, name)([kind(axis, a), kind(axis, b)], axis), (a, b), strict=True):
-            assert torch.equal(found, tensor), name
-    gathers = [Gather(axis, a, -1, 7), Gather(axis, b, -2, 6)]
-    for found, tensor in zip(runtime._gather(gathers, axis), (a, b), strict=True):
+    answers = [
+        *collectives.answer_sums([Sum(axis, a), Sum(axis, b)], axis),
+        *collectives.answer_scatter_sums([ScatterSum(axis, a), ScatterSum(axis, b)], axis),
+        *collectives.answer_gathers([Gather(axis, a, -1, 7), Gather(axis, b, -2, 6)], axis),
+    ]
+    for found, tensor in zip(answers, [a, b] * 3, strict=True):
         assert torch.equal(found, tensor)
-    for combine, tensor in (("sum", torch.randn(2, 5, 3, device=device)), ("columns", a[:2])):
-        request = OnOwner(tensor, combine, torch.negative, tensor.shape[-1])
-        job = runtime.Job(MatrixLayout(5, 7, 3), (0, 0), 70, start=lambda: None, finish=lambda _: None)
-        (found,) = runtime._on_owner([request], [job], axis)
-        assert torch.equal(found, -tensor), combine
-    status = runtime.agree(torch.tensor([-1, 0, 2], dtype=torch.int32), dist.group.WORLD, device)
+    (found,) = collectives.exchange([[a]], [a.numel()], axis, a)
+    assert torch.equal(found, a.flatten())
+    for function in (collectives.reduce_to, collectives.broadcast_from):
+        function(vectors := {0: a.flatten().clone()}, axis)
+        assert torch.equal(vectors[0], a.flatten())
+    status = collectives.agree(torch.tensor([-1, 0, 2], dtype=torch.int32), dist.group.WORLD, device)
     assert status.tolist() == [-1, 0, 2]
+    assert collectives.gather_objects("text", dist.group.WORLD) == ["text"]
 
 
 @pytest.mark.usefixtures("spawned")

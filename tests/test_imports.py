@@ -31,7 +31,7 @@ ALLOWED = {
     "plan": {"costs", "layout"},
     "buckets": {"layout", "step"},
     "adapters": {"layout"},
-    "entries": {"adapters", "layout", "rules"},
+    "entries": {"adapters", "layout", "rules", "runtime"},
     "gradients": {"entries", "runtime"},
     "consistency": {"entries", "runtime"},
     "state": {"entries", "buckets", "layout", "rules"},

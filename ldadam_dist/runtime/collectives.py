@@ -97,14 +97,15 @@ def answer_gathers(requests: Sequence[Gather], axis: Axis) -> list[Tensor]:
     ]
 
 
-def exchange(outgoing: Sequence[Tensor], sizes: Sequence[int], axis: Axis) -> list[Tensor]:
-    """One all-to-all: vector p goes to group rank p, and from rank p come `sizes[p]` elements."""
+def exchange(outgoing: Sequence[Sequence[Tensor]], sizes: Sequence[int], axis: Axis, like: Tensor) -> list[Tensor]:
+    """One all-to-all: the tensors `outgoing[p]` go to group rank p, and a vector of `sizes[p]` comes from it."""
     # One element more goes from here to here: back-ends need not take a vector without any, and the fake one does not.
-    vectors, coming = list(outgoing), list(sizes)
-    vectors[axis.index] = pad(vectors[axis.index], (0, 1))
+    sent, coming = [sum(t.numel() for t in tensors) for tensors in outgoing], list(sizes)
+    sent[axis.index] += 1
     coming[axis.index] += 1
-    received = vectors[0].new_zeros(sum(coming))
-    dist.all_to_all_single(received, torch.cat(vectors), coming, [v.numel() for v in vectors], group=axis.group)
+    parts = [[*tensors, like.new_zeros(1)] if p == axis.index else tensors for p, tensors in enumerate(outgoing)]
+    received = like.new_zeros(sum(coming))
+    dist.all_to_all_single(received, flat((t for part in parts for t in part), like), coming, sent, group=axis.group)
     return [vector[:size] for vector, size in zip(received.split(coming), sizes, strict=True)]
 
 

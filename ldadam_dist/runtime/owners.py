@@ -22,7 +22,10 @@ Owned = dict[int, list[tuple[int, list[int]]]]
 """For each owner, in ascending order: (request number, its matrices in that request)."""
 
 Parcel = tuple[int, Place]
-"""An owner, and the process whose parts of this owner's matrices travel together in one vector."""
+"""An owner, and the process whose parts of this owner's matrices travel together."""
+
+Parcels = dict[Parcel, list[Tensor]]
+"""What is in each parcel: the parts, or one vector of all their elements."""
 
 
 def answer_delegates(
@@ -97,7 +100,7 @@ def _at_owners(
 
     # To the owner.
     parcels = {
-        (owner, here): flat((t[chosen] for i, chosen in matrices for t in requests[i].tensors), like)
+        (owner, here): [t[chosen] for i, chosen in matrices for t in requests[i].tensors]
         for owner, matrices in owned.items()
     }
     parcels = route.go(parcels, lambda parcel: sum(map(prod, shapes(parcel, False))))
@@ -105,7 +108,7 @@ def _at_owners(
     # On the owner.
     wholes = [[like.new_zeros(len(b), part.rows, part.columns) for part in requests[i].parts] for i, b in mine]
     for parcel in list(parcels):
-        pieces = iter(unflat(parcels.pop(parcel), shapes(parcel, False)))
+        pieces = iter(_opened(parcels.pop(parcel), shapes(parcel, False)))
         for (i, _), tensors in zip(mine, wholes, strict=True):
             for part, whole in zip(requests[i].parts, tensors, strict=True):
                 _cut(whole, layouts[i].bounds(part, parcel[1])).copy_(next(pieces))
@@ -113,19 +116,18 @@ def _at_owners(
 
     # Back.
     for parcel in route.held(_AT_OWNER):
-        pieces_of_place = (
+        parcels[parcel] = [
             _cut(whole, layouts[i].bounds(part, parcel[1]))
             for (i, _), results in zip(mine, solved, strict=True)
             for part, whole in zip(requests[i].returns, results, strict=True)
-        )
-        parcels[parcel] = flat(pieces_of_place, like)
+        ]
     parcels = route.come_back(parcels, lambda parcel: sum(map(prod, shapes(parcel, True))))
     answers = [
         tuple(like.new_zeros(len(q.tensors[0]), *_extent(layout.bounds(part, here))) for part in q.returns)
         for q, layout in zip(requests, layouts, strict=True)
     ]
     for owner, matrices in owned.items():
-        pieces = iter(unflat(parcels[owner, here], shapes((owner, here), True)))
+        pieces = iter(_opened(parcels[owner, here], shapes((owner, here), True)))
         for i, chosen in matrices:
             for answer in answers[i]:
                 answer[chosen] = next(pieces)
@@ -151,12 +153,12 @@ class _Route:
     owners: list[int]
     like: Tensor
 
-    def go(self, parcels: dict[Parcel, Tensor], size: Callable[[Parcel], int]) -> dict[Parcel, Tensor]:
+    def go(self, parcels: Parcels, size: Callable[[Parcel], int]) -> Parcels:
         """From the processes to the owners; `size` is the number of elements of any parcel."""
         parcels = self._hop(parcels, size, _AT_PLACE, _IN_COLUMN)
         return self._hop(parcels, size, _IN_COLUMN, _AT_OWNER)
 
-    def come_back(self, parcels: dict[Parcel, Tensor], size: Callable[[Parcel], int]) -> dict[Parcel, Tensor]:
+    def come_back(self, parcels: Parcels, size: Callable[[Parcel], int]) -> Parcels:
         """From the owners to the processes."""
         parcels = self._hop(parcels, size, _AT_OWNER, _IN_COLUMN)
         return self._hop(parcels, size, _IN_COLUMN, _AT_PLACE)
@@ -178,25 +180,28 @@ class _Route:
         row, column = divmod(owner, self.over_n.count)
         return (place, (place[0], column), (row, column))[stage]
 
-    def _hop(
-        self, parcels: dict[Parcel, Tensor], size: Callable[[Parcel], int], old: int, new: int
-    ) -> dict[Parcel, Tensor]:
+    def _hop(self, parcels: Parcels, size: Callable[[Parcel], int], old: int, new: int) -> Parcels:
         dim, axis = (0, self.over_m) if _AT_OWNER in (old, new) else (1, self.over_n)
         if axis.count == 1:
             return parcels
         outgoing: list[list[Tensor]] = [[] for _ in range(axis.count)]
         for parcel in self.held(old):
-            outgoing[self._at(parcel, new)[dim]].append(parcels[parcel])
+            outgoing[self._at(parcel, new)[dim]] += parcels.pop(parcel)
         coming: list[list[Parcel]] = [[] for _ in range(axis.count)]
         for parcel in self.held(new):
             coming[self._at(parcel, old)[dim]].append(parcel)
         sizes = [[size(parcel) for parcel in some] for some in coming]
-        received = exchange([flat(some, self.like) for some in outgoing], [sum(some) for some in sizes], axis)
+        received = exchange(outgoing, [sum(some) for some in sizes], axis, self.like)
         return {
-            parcel: vector
+            parcel: [vector]
             for some, vectors, each in zip(coming, received, sizes, strict=True)
             for parcel, vector in zip(some, vectors.split(each), strict=True)
         }
+
+
+def _opened(parcel: list[Tensor], shapes: list[tuple[int, int, int]]) -> list[Tensor]:
+    """The tensors of a parcel: one vector if it has travelled, else as they were put in."""
+    return unflat(parcel[0], shapes) if parcel[0].ndim == 1 else parcel
 
 
 def _cut(whole: Tensor, bounds: tuple[Bounds, Bounds]) -> Tensor:
