@@ -58,21 +58,22 @@ def step_matrices(
         for e, counts in zip(entries, steps, strict=True)
     ]
     for window in windows:
-        here: dict[int, list[Matrix]] = {}
+        here: dict[int, tuple[list[Matrix], Hyper]] = {}
         moving: list[tuple[Any, Unit, Matrix]] = []
         for unit in window:
-            entry = entries[unit.entry]
-            matrix = entry.held[0] + unit.slot
-            if matrix >= entry.held[1] or entry.statuses[matrix] == MISSING:
+            entry, (start, stop) = entries[unit.entry], entries[unit.entry].held
+            number = start + unit.slot
+            if number >= stop or entry.statuses[number] == MISSING:
                 continue
             if unit.entry not in here:
-                here[unit.entry] = matrices_here(entry, states[entry.param], unit.layout)
-            if moves[unit.entry][matrix]:
-                key = (unit.layout, unit.communication, _hyper(entry), int(steps[unit.entry][matrix]) + 1)
+                here[unit.entry] = matrices_here(entry, states[entry.param], unit.layout), _hyper(entry)
+            matrices, hyper = here[unit.entry]
+            if moves[unit.entry][number]:
+                how = (unit.layout, unit.communication, hyper, int(steps[unit.entry][number]) + 1)
                 where = (compute_dtype(entry.param.dtype), entry.adapter.device)
-                moving.append(((*key, *where), unit, here[unit.entry][unit.slot]))
+                moving.append(((*how, *where), unit, matrices[unit.slot]))
             else:  # there is no direction yet to project on
-                here[unit.entry][unit.slot].weight.mul_(1 - float(entry.group["lr"]) * entry.group["weight_decay"])
+                matrices[unit.slot].weight.mul_(1 - hyper.lr * hyper.weight_decay)
         run(_jobs(moving))
     for entry, moved in zip(entries, moves, strict=True):
         step = states[entry.param]["step"]

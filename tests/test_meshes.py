@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from distributed import run_ranks
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -50,6 +51,8 @@ def cases(mesh_shape: tuple[int, ...]) -> dict[str, tuple[tuple[int, ...], tuple
     for shape in SHAPES + STACKS if len(mesh_shape) == 1 else SOME[:: len(mesh_shape) - 1]:
         kinds = [Replicate(), *(Shard(dim) for dim in range(len(shape)))]
         for number, placements in enumerate(itertools.product(kinds, repeat=len(mesh_shape))):
+            if len(mesh_shape) == len(shape) == 3 and Shard(0) not in placements:
+                continue  # as the matrices, which take all placements
             sides = ("left", "right")
             for side in sides if len(mesh_shape) < 3 else sides[number % 2 :][:1]:
                 words = [p.__class__.__name__[0] + str(getattr(p, "dim", "")) for p in placements]
@@ -125,3 +128,42 @@ def test_every_placement_equals_one_process(world_size: int, mesh: tuple[int, ..
         number, (rows, columns) = shape[0] if len(shape) == 3 else 1, shape[-2:]
         m, n = (rows, columns) if side == "left" else (columns, rows)
         assert sum(held[name] for _, held in found) == number * (m * RANK + 2 * RANK * n + m * n), name
+
+
+def train_kernels() -> None:
+    """Convolution kernels, seen as matrices, under every layout that may cut them; a gradient in channels_last."""
+    layouts = (Shard(0), Replicate())
+    mesh = init_device_mesh("cpu", (2,))
+    whole = torch.randn(9, 4, 3, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))  # 9 × 24
+    for side in ("left", "right"):
+        settings = {"lr": 1e-2, "rank": RANK, "weight_decay": 0.1, "proj_type": side}
+        matrix = nn.Parameter(whole.reshape(9, 24).clone())
+        plain, rows, copies = (nn.Parameter(t) for t in (whole.clone(), *(shard(whole, mesh, [p]) for p in layouts)))
+        replica = nn.Parameter(whole.clone())
+        groups = [{"params": [plain, rows, copies], "flatten": True}]
+        optimizers = [
+            LDAdamW([matrix], **settings),
+            LDAdamW(groups, **settings),
+            LDAdamW([{"params": [replica], "flatten": True}], **settings, process_group=dist.group.WORLD),
+        ]
+        for step in range(STEPS):
+            grad = torch.randn(whole.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(step + 1))
+            matrix.grad, plain.grad, replica.grad = (
+                grad.reshape(9, 24),
+                grad.to(memory_format=torch.channels_last),
+                grad,
+            )
+            rows.grad, copies.grad = (shard(grad, mesh, [placement]) for placement in layouts)
+            for optimizer in optimizers:
+                optimizer.step()
+            for kernel in (plain, rows, copies, replica):
+                expected = slice_of(matrix.detach().view_as(whole), kernel)
+                found = kernel.to_local() if isinstance(kernel, DTensor) else kernel
+                torch.testing.assert_close(found.detach(), expected, rtol=0, atol=1e-10)
+        error = optimizers[2].state[replica]["error"]
+        assert error.shape == (9, 24)
+        assert error.to_local().numel() < 9 * 24  # partitioned along the kept dimension
+
+
+def test_a_convolution_is_stepped_like_its_matrix() -> None:
+    run_ranks(2, train_kernels)

@@ -111,23 +111,17 @@ def exchange(outgoing: Sequence[Sequence[Tensor]], sizes: Sequence[int], axis: A
 
 def reduce_to(vectors: dict[int, Tensor], axis: Axis) -> None:
     """Sum vector p, in place, on group rank p; on the others it is spoilt."""
-    works = [
-        dist.reduce(vector, group_dst=p, group=axis.group, async_op=True)
-        for p, vector in vectors.items()
-        if vector.numel()
-    ]
-    for work in works:
-        work.wait()
+    _wait(dist.reduce(v, group_dst=p, group=axis.group, async_op=True) for p, v in vectors.items() if v.numel())
 
 
 def broadcast_from(vectors: dict[int, Tensor], axis: Axis) -> None:
     """Give everyone, in place, vector p of group rank p."""
-    works = [
-        dist.broadcast(vector, group_src=p, group=axis.group, async_op=True)
-        for p, vector in vectors.items()
-        if vector.numel()
-    ]
-    for work in works:
+    _wait(dist.broadcast(v, group_src=p, group=axis.group, async_op=True) for p, v in vectors.items() if v.numel())
+
+
+def _wait(works: Iterable[Any]) -> None:
+    """Start all, then wait for all."""
+    for work in list(works):
         work.wait()
 
 
