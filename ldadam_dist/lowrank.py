@@ -77,7 +77,7 @@ def step_matrices(
         run(_jobs(moving))
     for entry, moved in zip(entries, moves, strict=True):
         step = states[entry.param]["step"]
-        step += torch.tensor(moved, dtype=step.dtype, device=step.device).view_as(step)
+        step += torch.tensor(moved, device=step.device) if len(moved) > 1 else moved[0]
 
 
 def _jobs(moving: Sequence[tuple[Any, Unit, Matrix]]) -> Iterator[Job]:

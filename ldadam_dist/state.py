@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -34,29 +35,19 @@ def init_state(entry: Entry, state: dict[str, Any]) -> None:
 
 def matrices_here(entry: Entry, state: dict[str, Any], layout: MatrixLayout) -> list[Matrix]:
     """Views of the matrices of a parameter that lie on this process, transposed for a right projection."""
-    local = entry.adapter.local
+    local, columns = entry.adapter.local, slice(*layout.slice_in_weight)
 
-    def stack(tensor: Tensor) -> Tensor:
-        if tensor.ndim == 2:
-            return tensor.unsqueeze(0)
-        return tensor if entry.stacked else tensor.reshape(1, len(tensor), math.prod(tensor.shape[1:]))
+    def each(tensor: Tensor) -> Sequence[Tensor]:
+        if entry.stacked:
+            return tensor.unbind()
+        return [tensor if tensor.ndim == 2 else tensor.reshape(len(tensor), math.prod(tensor.shape[1:]))]
 
-    def oriented(tensor: Tensor) -> Tensor:
-        return stack(tensor) if entry.side == "left" else stack(tensor).mT
+    def oriented(tensor: Tensor) -> list[Tensor]:
+        return [matrix if entry.side == "left" else matrix.mT for matrix in each(tensor)]
 
-    grads = oriented(entry.grad)[..., slice(*layout.slice_in_weight)]
-    weights = oriented(local(entry.param))
-    errors = oriented(local(state["error"])) if entry.group["error_feedback"] else None
-    projectors, moments, squares = (stack(local(state[key])) for key in ("projector", "exp_avg", "exp_avg_sq"))
+    grads, weights = oriented(entry.grad), oriented(local(entry.param))
+    errors = oriented(local(state["error"])) if entry.group["error_feedback"] else [None] * len(grads)
+    states = (each(local(state[key])) for key in ("projector", "exp_avg", "exp_avg_sq"))
     return [
-        Matrix(
-            layout=layout,
-            grad=grads[i],
-            weight=weights[i],
-            error=errors[i] if errors is not None else None,
-            projector=projectors[i],
-            exp_avg=moments[i],
-            exp_avg_sq=squares[i],
-        )
-        for i in range(entry.held[1] - entry.held[0])
+        Matrix(layout, grad[:, columns], *rest) for grad, *rest in zip(grads, weights, errors, *states, strict=True)
     ]
