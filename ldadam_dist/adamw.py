@@ -2,42 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import itertools
+from collections.abc import Iterable
 
-from torch import Tensor
 from torch.optim.adamw import adamw
 
-
-@dataclass
-class Vector:
-    """Local storage of one AdamW parameter; all tensors have its local shape, `step` is a scalar on the CPU."""
-
-    param: Tensor
-    grad: Tensor
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
-    step: Tensor
+from ldadam_dist.entries import MISSING, ZERO, Entry
 
 
-def adamw_step(
-    vectors: Sequence[Vector], *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float
-) -> None:
-    """One step of `torch.optim.AdamW` on each, in place. It is element-wise, so shards need no communication."""
-    if not vectors:
-        return
-    adamw(
-        [v.param for v in vectors],
-        [v.grad for v in vectors],
-        [v.exp_avg for v in vectors],
-        [v.exp_avg_sq for v in vectors],
-        [],
-        [v.step for v in vectors],
-        amsgrad=False,
-        beta1=betas[0],
-        beta2=betas[1],
-        lr=lr,
-        weight_decay=weight_decay,
-        eps=eps,
-        maximize=False,
-    )
+def step_vectors(entries: Iterable[Entry]) -> None:
+    """Step every parameter that has a gradient, in place. It is element-wise, so shards need no communication.
+
+    Args:
+        entries: all parameters that are not projected, group by group.
+    """
+    for _, members in itertools.groupby(filter(_moves, entries), key=lambda entry: id(entry.group)):
+        stepped = list(members)
+        group = stepped[0].group
+        adamw(
+            [entry.adapter.local(entry.param) for entry in stepped],
+            [entry.grad for entry in stepped],
+            [entry.adapter.local(entry.state["exp_avg"]) for entry in stepped],
+            [entry.adapter.local(entry.state["exp_avg_sq"]) for entry in stepped],
+            [],
+            [entry.state["step"] for entry in stepped],
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=float(group["lr"]),
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+
+
+def _moves(entry: Entry) -> bool:
+    if not entry.present or entry.status == MISSING:
+        return False
+    # Checkpoint libraries take a step with zero gradients and lr = 0 to learn the state's shape.
+    return not (entry.status == ZERO and entry.group["lr"] == 0 and entry.state["step"] == 0)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from numbers import Integral, Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ldadam_dist.rules import PROJ_METHODS, PROJ_TYPES, is_low_rank, matrices_of, state_shapes
+from ldadam_dist.rules import PROJ_METHODS, PROJ_TYPES, global_shape, is_low_rank, matrices_of
 
 PROJECTOR_INITS = ("auto", "svd", "randomized")
 
@@ -108,10 +108,11 @@ def check_params(named: Sequence[tuple[str, Tensor]], group: Mapping[str, Any], 
             continue
         if param.is_complex():
             raise ValueError(f"parameter {name} has dtype {param.dtype}: expected a real floating dtype.")
-        matrices = matrices_of(param.shape, group["flatten"])
+        shape = global_shape(param)
+        matrices = matrices_of(shape, group["flatten"])
         if low_rank_required and matrices and group["rank"] >= min(matrices[1:]):
             raise ValueError(
-                f"rank={group['rank']} does not fit parameter {name} of shape {tuple(param.shape)}: a projection of "
+                f"rank={group['rank']} does not fit parameter {name} of shape {shape}: a projection of "
                 f"{matrices[1]} × {matrices[2]} keeps fewer than {min(matrices[1:])} directions. "
                 f"Lower rank, or set enable_lowrank=False for its group."
             )
@@ -168,7 +169,8 @@ def check_projects(named: Sequence[tuple[str, Tensor, Mapping[str, Any]]]) -> No
     """Raise ValueError if no parameter at all would be projected."""
     if any(_is_low_rank(param, group) for _, param, group in named):
         return
-    matrices = [(matrices_of(p.shape, g["flatten"]), name, tuple(p.shape), g) for name, p, g in named]
+    shapes = [global_shape(param) for _, param, _ in named]
+    matrices = [(matrices_of(s, g["flatten"]), name, s, g) for s, (name, _, g) in zip(shapes, named, strict=True)]
     candidates = [(min(m[1:]), name, shape, group) for m, name, shape, group in matrices if m]
     if candidates:
         _, name, shape, group = max(candidates, key=lambda item: item[0])
@@ -179,24 +181,26 @@ def check_projects(named: Sequence[tuple[str, Tensor, Mapping[str, Any]]]) -> No
     raise ValueError(
         f"LDAdamW would project nothing: {found}; expected a matrix larger than its rank in both dimensions. "
         f"Lower rank or set enable_lowrank=True, or use torch.optim.AdamW. Parameters that an engine has flattened to "
-        f"one dimension (FSDP1, DeepSpeed ZeRO) hide their matrices: shard with fully_shard."
+        f"one dimension (FSDP1, DeepSpeed ZeRO) hide their matrices: build the optimizer before deepspeed.initialize "
+        f"(docs/deepspeed.md), or shard with fully_shard."
     )
 
 
 def check_state(
     name: str,
-    param: Tensor,
     group: Mapping[str, Any],
     saved_group: Mapping[str, Any],
     saved: Mapping[str, Any],
+    shapes: Mapping[str, tuple[int, ...]],
     sharded: bool,
 ) -> None:
     """Raise ValueError if a saved state does not belong to this parameter and group.
 
     Args:
-        name, param, group: the parameter, and what this optimizer does with it.
+        name, group: the parameter, and what this optimizer does with it.
         saved_group, saved: the saved group and state, empty if there is none.
-        sharded: whether this optimizer keeps the states as DTensors.
+        shapes: those of the states that this optimizer keeps here.
+        sharded: whether it keeps them as DTensors.
     """
     for key in ("rank", "proj_type", "flatten", "enable_lowrank"):
         if key in saved_group and saved_group[key] != group[key]:
@@ -212,19 +216,51 @@ def check_state(
             f"the state of parameter {name} was saved {was}, this optimizer keeps {keeps}. Load it with "
             f"torch.distributed.checkpoint.state_dict.set_optimizer_state_dict, which converts."
         )
-    for key, shape in state_shapes(param.shape, group).items():
+    for key, shape in shapes.items():
         if key == "error" and key not in saved:
             continue
         found = tuple(getattr(saved[key], "shape", ())) if key in saved else "nothing"
         if found != shape:
             raise ValueError(
-                f"the saved {key!r} of parameter {name} of shape {tuple(param.shape)} is {found}: expected {shape}. "
-                f"This state belongs to another model or to other settings."
+                f"the saved {key!r} of parameter {name} is {found}: expected {shape}. "
+                f"This state belongs to another model, to other settings or to another number of processes."
             )
 
 
+def check_partition(saved: Mapping[str, Any], names: Sequence[str]) -> None:
+    """Raise ValueError if the saved state of a flat tensor is not of the parameters that lie on this process.
+
+    Args:
+        saved: the state, by name of what is stepped; empty if there is none.
+        names: of what this process takes part in.
+    """
+    if saved and set(saved) != set(names):
+        differ = sorted(set(saved) ^ set(names))
+        where = "is saved, and not" if differ[0] in saved else "is not saved, but"
+        raise ValueError(
+            f"the state of {differ[0]} {where} on this rank now ({len(differ)} such parameters). This checkpoint "
+            f"belongs to another model, to other parameter groups or to another number of processes."
+        )
+
+
+def check_not_flattened(param: Tensor, shapes: Set[tuple[int, ...]]) -> None:
+    """Raise RuntimeError if an engine has put a flat tensor in the place of parameters, and did not say so.
+
+    Args:
+        param: what is to be stepped.
+        shapes: those of the parameters that the optimizer was given.
+    """
+    if param.ndim == 1 and global_shape(param) not in shapes:
+        raise RuntimeError(
+            f"LDAdamW was given a flat tensor of {param.numel()} elements to step in the place of its parameters, as "
+            f"DeepSpeed's ZeRO makes them, and cannot see its matrices. Call "
+            f"ldadam_dist.integrations.deepspeed.attach(engine) after deepspeed.initialize, or use "
+            f"ldadam_dist.integrations.deepspeed.initialize, which does both."
+        )
+
+
 def _is_low_rank(param: Tensor, group: Mapping[str, Any]) -> bool:
-    return is_low_rank(param.shape, group["rank"], group["enable_lowrank"], group["flatten"])
+    return is_low_rank(global_shape(param), group["rank"], group["enable_lowrank"], group["flatten"])
 
 
 def is_fsdp1_flat(param: Tensor) -> bool:

@@ -36,7 +36,7 @@ def wire_elements(
     if layout.whole:
         return 0.0
     m, n, r, shared = layout.m, layout.n, layout.rank, layout.processes
-    m_local, n_local = layout.over_m.pieces(m).longest, layout.over_n.pieces(n).longest
+    m_local, n_local = layout.m_pieces.longest, layout.n_pieces.longest
     hops = (layout.over_m.count > 1) + (layout.over_n.count > 1)
     replicated = layout.replicas.count > 1
     weight_columns = layout.replicas.count * n_local

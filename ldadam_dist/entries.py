@@ -24,10 +24,12 @@ class Entry:
 
     Attributes:
         name: how messages call it.
-        param: the parameter that is stepped.
+        param: the tensor that is stepped; in a flat one there are several parameters.
         group: its parameter group.
         adapter: how it is stored.
         matrices: (number, rows, columns) of the matrices that are projected; None for AdamW.
+        shape: its global shape.
+        state: its state, empty if there is none yet.
         local_grad: its gradient on this process, if there is one; zeros where only another rank has one.
         statuses: of the gradient of each of its matrices (of the whole gradient for AdamW), on all ranks that share it.
     """
@@ -37,6 +39,8 @@ class Entry:
     group: dict[str, Any]
     adapter: Adapter
     matrices: tuple[int, int, int] | None
+    shape: tuple[int, ...]
+    state: dict[str, Any] = field(default_factory=dict, repr=False)
     local_grad: Tensor | None = field(default=None, repr=False)
     statuses: list[int] = field(default_factory=list)
 
@@ -53,7 +57,12 @@ class Entry:
     @property
     def stacked(self) -> bool:
         """Whether it is a stack of matrices, whose states have a leading dimension, `step` too."""
-        return self.matrices is not None and self.param.ndim > 2 and not self.group["flatten"]
+        return self.matrices is not None and len(self.shape) > 2 and not self.group["flatten"]
+
+    @property
+    def present(self) -> bool:
+        """Whether this process takes part in its steps."""
+        return self.adapter.present
 
     @property
     def number(self) -> int:
@@ -63,6 +72,8 @@ class Entry:
     @property
     def held(self) -> Bounds:
         """(start, stop) of the matrices that lie on this process."""
+        if not self.present:
+            return 0, 0
         return self.adapter.held(self.number)[0] if self.stacked else (0, 1)
 
     @property

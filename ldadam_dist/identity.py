@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ldadam_dist.rules import global_shape
+
 HEAD_NAMES = frozenset(
     {"lm_head", "head", "heads", "output", "output_layer", "output_projection"}
     | {"classifier", "score", "embed_out", "qa_outputs"}
@@ -101,7 +103,7 @@ def _inspect(param: nn.Parameter, uses: list[_Use], *, is_head: bool, is_adapter
         raise ValueError(
             f"parameter {first.name!r} has no shape yet: it belongs to a lazy module. Run one forward pass first."
         )
-    shape = tuple(getattr(param, "ds_shape", param.shape))  # DeepSpeed's ZeRO-3 empties the parameter itself
+    shape = global_shape(param)
     names, exact_names = set(), set()
     for use in uses:
         names |= {use.name, use.module_name} - {""}

@@ -7,7 +7,10 @@ is m×n and the projector m×r. Nothing here communicates; a process group is ca
 from __future__ import annotations
 
 import functools
+import itertools
 import math
+from bisect import bisect_right
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -60,6 +63,53 @@ def cut(length: int, cuts: tuple[int, ...], order: tuple[int, ...] | None = None
     longest = max(stop - start for start, stop in bounds)
     regular = all(start == min(p * longest, length) for p, (start, _) in enumerate(bounds))
     return Pieces(tuple(bounds), longest, regular)
+
+
+@functools.cache
+def cut_at(edges: tuple[int, ...]) -> Pieces:
+    """Cut a dimension where each of `edges` says that a piece begins; the last is its end. They do not fall."""
+    bounds = tuple(itertools.pairwise(edges))
+    return Pieces(bounds, max(stop - start for start, stop in bounds), regular=False)
+
+
+@dataclass(frozen=True)
+class RowCut:
+    """Where the elements of a row-major matrix are cut, if they may be cut anywhere.
+
+    Attributes:
+        starts: the element at which the run of each process begins, and the number of all elements; it does not fall.
+        columns: length of a row.
+        edges: the row at which the rows of each process begin, and the number of rows: a row belongs to the process
+            that has its first element.
+    """
+
+    starts: tuple[int, ...]
+    columns: int
+
+    @functools.cached_property
+    def edges(self) -> tuple[int, ...]:
+        return tuple(-(-start // self.columns) for start in self.starts)
+
+    @property
+    def even(self) -> bool:
+        """Whether no row is cut."""
+        return all(start % self.columns == 0 for start in self.starts)
+
+    def lent(self, process: int) -> int:
+        """Leading elements of a process that belong to a row of another."""
+        return min(self.edges[process] * self.columns, self.starts[process + 1]) - self.starts[process]
+
+    def borrower(self, process: int) -> int:
+        """The process to which the row belongs in which a process begins."""
+        return bisect_right(self.starts, self.starts[process] // self.columns * self.columns) - 1
+
+    def lenders(self, process: int) -> Iterator[int]:
+        """The processes that lend to a process, in the order of their elements."""
+        for other in range(process + 1, len(self.starts) - 1):
+            if self.borrower(other) != process:
+                return
+            if self.lent(other):
+                yield other
 
 
 @dataclass(frozen=True)
@@ -131,6 +181,8 @@ class MatrixLayout:
         over_m, over_n: the groups that cut the projected and the kept dimension.
         replicas: the innermost cuts of `over_n` are by processes that hold the same weights: each of them steps its
             own slice of the kept dimension, and the update's low-rank factor is gathered over this group.
+        m_edges, n_edges: where the blocks of the processes begin in either dimension, and its end, if it is not cut
+            into chunks. What is split over a group besides always is.
         m_range, n_range: this process's bounds of either dimension; that is the block it steps.
         weight_range: the bounds of the kept dimension that its weights cover; more than n_range under replicas.
     """
@@ -141,16 +193,31 @@ class MatrixLayout:
     over_m: Axis = WHOLE
     over_n: Axis = WHOLE
     replicas: Axis = WHOLE
+    m_edges: tuple[int, ...] | None = None
+    n_edges: tuple[int, ...] | None = None
     m_range: Bounds = field(init=False, compare=False)
     n_range: Bounds = field(init=False, compare=False)
     weight_range: Bounds = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
-        shards = cut(self.n, self.over_n.cuts[: len(self.over_n.cuts) - len(self.replicas.cuts)])
-        position = self.over_n.index if self.over_n.order is None else self.over_n.order[self.over_n.index]
-        object.__setattr__(self, "m_range", self.over_m.bounds(self.m))
-        object.__setattr__(self, "n_range", self.over_n.bounds(self.n))
-        object.__setattr__(self, "weight_range", shards.bounds[position // self.replicas.count])
+        object.__setattr__(self, "m_range", self.m_pieces.bounds[self.over_m.index])
+        object.__setattr__(self, "n_range", self.n_pieces.bounds[self.over_n.index])
+        weight_range = self.n_range
+        if self.replicas.count > 1:
+            shards = cut(self.n, self.over_n.cuts[: len(self.over_n.cuts) - len(self.replicas.cuts)])
+            position = self.over_n.index if self.over_n.order is None else self.over_n.order[self.over_n.index]
+            weight_range = shards.bounds[position // self.replicas.count]
+        object.__setattr__(self, "weight_range", weight_range)
+
+    @property
+    def m_pieces(self) -> Pieces:
+        """The rows of the blocks, by group rank."""
+        return self.over_m.pieces(self.m) if self.m_edges is None else cut_at(self.m_edges)
+
+    @property
+    def n_pieces(self) -> Pieces:
+        """The columns of the blocks, by group rank."""
+        return self.over_n.pieces(self.n) if self.n_edges is None else cut_at(self.n_edges)
 
     @property
     def processes(self) -> int:
@@ -185,13 +252,13 @@ class MatrixLayout:
     @property
     def shard_elements(self) -> int:
         """Elements of the largest block: unlike this process's own, the same on every one."""
-        return self.over_m.pieces(self.m).longest * self.over_n.pieces(self.n).longest
+        return self.m_pieces.longest * self.n_pieces.longest
 
     @property
     def held_elements(self) -> int:
         """Elements of the largest weight, and of the factors as long as it; the same on every process."""
-        rows = self.over_m.pieces(self.m).longest
-        columns = self.over_n.pieces(self.n).longest * self.replicas.count
+        rows = self.m_pieces.longest
+        columns = self.n_pieces.longest * self.replicas.count
         return rows * columns + self.rank * (rows + columns)
 
     @property
@@ -214,11 +281,11 @@ class MatrixLayout:
         i, j = place
         rows, columns = (0, part.rows), (0, part.columns)
         if part.kind != "moments":
-            rows = self.over_m.pieces(part.rows).bounds[i]
+            rows = self.m_pieces.bounds[i]
         if part.kind == "projector":
             rows = _within(rows, self.over_n, j)
         if part.kind in ("block", "moments"):
-            columns = self.over_n.pieces(part.columns).bounds[j]
+            columns = self.n_pieces.bounds[j]
         if part.kind == "moments":
             columns = _within(columns, self.over_m, i)
         return rows, columns

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ldadam_dist.buckets import Matrix, batches, load_block, store_block
 from ldadam_dist.costs import choose_communication
 from ldadam_dist.entries import MISSING, NONZERO, ZERO, Entry
+from ldadam_dist.fragments import CutMatrix, complete_rows, hand_back
 from ldadam_dist.plan import Unit, make_plan
+from ldadam_dist.requests import Exchange
 from ldadam_dist.rules import compute_dtype
 from ldadam_dist.runtime import Job, run
 from ldadam_dist.state import matrices_here
-from ldadam_dist.step import Hyper, ldadam_step, step_on_owner
+from ldadam_dist.step import Block, Hyper, ldadam_step, step_on_owner
 
 EXACT_INIT_SIZE = 256
 """With projector_init="auto", the first projector comes from an SVD if the smaller dimension of the matrix is at most
@@ -40,19 +41,16 @@ def plan_windows(entries: Sequence[Entry], window: int) -> list[list[Unit]]:
     return make_plan(matrices, window)
 
 
-def step_matrices(
-    entries: Sequence[Entry], states: Mapping[Tensor, dict[str, Any]], windows: Sequence[Sequence[Unit]]
-) -> None:
+def step_matrices(entries: Sequence[Entry], windows: Sequence[Sequence[Unit]]) -> None:
     """Step every matrix that has a gradient; collective.
 
     A matrix starts with its first gradient that is not zero everywhere; until then only its weight decays.
 
     Args:
         entries: all parameters that are projected, as in `plan_windows`.
-        states: the state of each parameter.
         windows: from `plan_windows`.
     """
-    steps = [states[entry.param]["step"].reshape(-1).tolist() for entry in entries]
+    steps = [entry.state["step"].reshape(-1).tolist() if entry.present else [0.0] * entry.number for entry in entries]
     moves = [
         [status == NONZERO or (status == ZERO and step > 0) for status, step in zip(e.statuses, counts, strict=True)]
         for e, counts in zip(entries, steps, strict=True)
@@ -66,46 +64,42 @@ def step_matrices(
             if number >= stop or entry.statuses[number] == MISSING:
                 continue
             if unit.entry not in here:
-                here[unit.entry] = matrices_here(entry, states[entry.param], unit.layout), _hyper(entry)
+                here[unit.entry] = matrices_here(entry, unit.layout), _hyper(entry)
             matrices, hyper = here[unit.entry]
             if moves[unit.entry][number]:
-                how = (unit.layout, unit.communication, hyper, int(steps[unit.entry][number]) + 1)
+                matrix = matrices[unit.slot]
+                how = (type(matrix), unit.layout, unit.communication, hyper, int(steps[unit.entry][number]) + 1)
                 where = (compute_dtype(entry.param.dtype), entry.adapter.device)
-                moving.append(((*how, *where), unit, matrices[unit.slot]))
+                moving.append(((*how, *where), unit, matrix))
             else:  # there is no direction yet to project on
                 matrices[unit.slot].weight.mul_(1 - hyper.lr * hyper.weight_decay)
         run(_jobs(moving))
     for entry, moved in zip(entries, moves, strict=True):
-        step = states[entry.param]["step"]
-        step += torch.tensor(moved, device=step.device) if len(moved) > 1 else moved[0]
+        if entry.present:
+            step = entry.state["step"]
+            step += torch.tensor(moved, device=step.device) if len(moved) > 1 else moved[0]
 
 
 def _jobs(moving: Sequence[tuple[Any, Unit, Matrix]]) -> Iterator[Job]:
     for batch in batches([(key, matrix.layout) for key, _, matrix in moving]):
-        (layout, communication, hyper, t, dtype, device), _, _ = moving[batch[0]]
-        step = step_on_owner if communication == "gather" else ldadam_step
+        (_, layout, communication, hyper, t, dtype, device), _, _ = moving[batch[0]]
+        step = partial(step_on_owner if communication == "gather" else ldadam_step, layout=layout, hyper=hyper, t=t)
         matrices, owners = [moving[i][2] for i in batch], tuple(moving[i][1].owner for i in batch)
-        yield _job(
-            matrices,
-            owners,
-            partial(load_block, matrices, dtype, device),
-            partial(step, layout=layout, hyper=hyper, t=t),
-        )
+        yield Job(layout, owners, partial(_exchange, matrices, step, dtype, device))
 
 
-def _job(matrices: list[Matrix], owners: tuple[int, ...], load: Any, step: Any) -> Job:
-    block = None
-
-    def start() -> Any:
-        nonlocal block
-        block = load()
-        return step(block)
-
-    def finish(states: tuple[Tensor, Tensor, Tensor]) -> None:
-        assert block is not None
-        store_block(matrices, block, states)
-
-    return Job(matrices[0].layout, owners, start, finish)
+def _exchange(
+    matrices: list[Matrix], step: Callable[[Block], Exchange], dtype: torch.dtype, device: torch.device
+) -> Exchange:
+    """A step of equal matrices, from what is stored to what is stored."""
+    cut = [matrix for matrix in matrices if isinstance(matrix, CutMatrix)]  # all or none
+    if cut:
+        yield from complete_rows(cut, device)
+    block = load_block(matrices, dtype, device)
+    states = yield from step(block)
+    store_block(matrices, block, states)
+    if cut:
+        yield from hand_back(cut, device)
 
 
 def _hyper(entry: Entry) -> Hyper:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,16 +12,17 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ldadam_dist import arguments
-from ldadam_dist.adamw import Vector, adamw_step
+from ldadam_dist.adamw import step_vectors
 from ldadam_dist.adapters import Adapter, adapter_for
 from ldadam_dist.consistency import check_ranks_agree
-from ldadam_dist.entries import MISSING, UNUSABLE, ZERO, Entry
+from ldadam_dist.entries import UNUSABLE, Entry
 from ldadam_dist.gradients import inspect_gradients
 from ldadam_dist.lowrank import plan_windows, step_matrices
+from ldadam_dist.partitions import FlatPartition, Partitions
 from ldadam_dist.placement import Placement, placement
 from ldadam_dist.plan import WINDOW_ELEMENTS, Unit
-from ldadam_dist.rules import DEFAULT_RANK, is_low_rank, matrices_of
-from ldadam_dist.state import init_state
+from ldadam_dist.rules import DEFAULT_RANK, global_shape, is_low_rank, matrices_of
+from ldadam_dist.state import init_state, stored_shapes
 
 
 class LDAdamW(Optimizer):
@@ -98,9 +99,7 @@ class LDAdamW(Optimizer):
         self.skipped_steps = 0
         self._process_group = process_group
         self._window = window_elements
-        self._adapters: dict[Any, Adapter] = {}
-        self._plan: tuple[Any, list[list[Unit]]] | None = None
-        self._ranks_agree = False
+        self._forget()
         defaults = dict(
             lr=lr,
             betas=betas,
@@ -126,25 +125,35 @@ class LDAdamW(Optimizer):
         Raises:
             RuntimeError: there is a process group, which does not travel.
         """
-        if self._process_group is not None:
+        if self._process_group is not None or self._partitions is not None:
+            owner = "with process_group=" if self._partitions is None else "that DeepSpeed's engine steps"
             raise RuntimeError(
-                "an LDAdamW with process_group= cannot be copied or pickled, as a process group does not travel. "
+                f"an LDAdamW {owner} cannot be copied or pickled, as a process group does not travel. "
                 "Use state_dict() and build the other optimizer with its own group."
             )
         return {**super().__getstate__(), "skipped_steps": self.skipped_steps, "_window": self._window}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore a pickled or copied optimizer."""
+        """Restore a pickled or copied optimizer; `load_state_dict` ends here too."""
         super().__setstate__(state)
         self.__dict__.setdefault("skipped_steps", 0)
         self.__dict__.setdefault("_window", WINDOW_ELEMENTS)
-        self.__dict__.setdefault("_process_group", None)
-        self.__dict__.setdefault("_adapters", {})
-        self.__dict__.setdefault("_plan", None)
-        self.__dict__.setdefault("_ranks_agree", False)
+        if not hasattr(self, "_adapters"):
+            self._process_group = None
+            self._forget()
+            self._shapes.update(global_shape(param) for group in self.param_groups for param in group["params"])
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
+
+    def _forget(self) -> None:
+        """Start without what is found out about the parameters as they are stepped."""
+        self._adapters: dict[Any, Adapter] = {}
+        self._plans: dict[tuple[int, ...], tuple[Any, list[list[Unit]]]] = {}
+        self._agreed: set[tuple[int, ...]] = set()
+        self._shapes: set[tuple[int, ...]] = set()
+        self._partitions: Partitions | None = None
+        self._find_partitions: Callable[[], Any] | None = None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as `torch.optim.Optimizer.add_param_group`.
@@ -155,7 +164,7 @@ class LDAdamW(Optimizer):
         required = param_group.get("enable_lowrank") is True
         super().add_param_group(dict(param_group))  # the caller's stays as it is
         try:
-            self._ranks_agree = False
+            self._agreed.clear()
             group = self.param_groups[-1]
             if isinstance(group["error_dtype"], torch.dtype):  # kept as text: plain data for checkpoints
                 group["error_dtype"] = str(group["error_dtype"]).removeprefix("torch.")
@@ -165,6 +174,7 @@ class LDAdamW(Optimizer):
             arguments.check_params(named, group, required)
             for name, param in named:
                 self._adapter(param, name, group["flatten"]).check(param, name)
+                self._shapes.add(global_shape(param))
         except Exception:
             self.param_groups.pop()
             raise
@@ -180,52 +190,89 @@ class LDAdamW(Optimizer):
         Raises:
             ValueError: a sparse gradient, a parameter on the meta device, or a group whose rank was changed after the
                 first step; nothing has changed then.
-            RuntimeError: ranks have different parameters or settings, found at the first step; or a gradient that must
-                be redistributed is missing on some rank. Nothing has changed then either.
+            RuntimeError: ranks have different parameters or settings, found at the first step; a gradient that must
+                be redistributed is missing on some rank; or DeepSpeed has flattened the parameters and no engine is
+                attached. Nothing has changed then either.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
 
+        self.attach_found()
         entries = list(self._entries())
         for entry in entries:
             arguments.check_grad(entry.name, entry.param)
             arguments.check_storage(entry.name, entry.adapter.local(entry.param), entry.group["flatten"])
-            arguments.check_unchanged(
-                entry.name, entry.matrices is not None, entry.group, self.state.get(entry.param, {})
-            )
-        if not self._ranks_agree:
-            check_ranks_agree(entries, self.state, self._window)
-            self._ranks_agree = True
-        unusable = inspect_gradients(entries)
+            arguments.check_unchanged(entry.name, entry.matrices is not None, entry.group, entry.state)
+        tensors = tuple(dict.fromkeys(id(entry.param) for entry in entries))
+        if tensors not in self._agreed:
+            check_ranks_agree(entries, self._window)
+            self._agreed.add(tensors)
+        overflowed = self._partitions is not None and self._partitions.overflowed()
+        unusable = overflowed or inspect_gradients(entries)
         for entry in entries:
-            init_state(entry, self.state[entry.param])
+            entry.state = self._state_of(entry)
+            init_state(entry)
 
         if unusable:
-            self.skipped_steps += 1
-            bad = [entry.name for entry in entries if entry.status == UNUSABLE]
-            others = f" (and of {len(bad) - 1} more)" if len(bad) > 1 else ""
-            which = f"the gradient of {bad[0]}{others}" if bad else "a gradient on another rank"
-            warnings.warn(
-                f"LDAdamW skipped this step: {which} is not finite, or too large to be squared. "
-                f"No weight or state has changed. Steps skipped so far: {self.skipped_steps}.",
-                stacklevel=4,  # beyond torch's two wrappers of step
-            )
+            if not overflowed or self._partitions is None or self._partitions.is_first(entries[0].param):
+                self._skip([entry.name for entry in entries if entry.status == UNUSABLE])
             return loss
 
-        self._step_vectors([e for e in entries if e.matrices is None and e.status != MISSING])
-        matrices = [entry for entry in entries if entry.matrices is not None]
-        step_matrices(matrices, self.state, self._windows(matrices))
+        step_vectors(entry for entry in entries if entry.matrices is None)
+        for together in self._stepped_together(entries):
+            matrices = [entry for entry in together if entry.matrices is not None]
+            step_matrices(matrices, self._windows(matrices))
         return loss
+
+    def _skip(self, bad: list[str]) -> None:
+        self.skipped_steps += 1
+        others = f" (and of {len(bad) - 1} more)" if len(bad) > 1 else ""
+        which = f"the gradient of {bad[0]}{others}" if bad else "a gradient, seen by the engine or on another rank,"
+        warnings.warn(
+            f"LDAdamW skipped this step: {which} is not finite, or too large to be squared. "
+            f"No weight or state has changed. Steps skipped so far: {self.skipped_steps}.",
+            stacklevel=5,  # beyond step and torch's two wrappers of it
+        )
 
     def placement(self) -> Placement:
         """Where every parameter's states are, who owns its matrices, how it is stepped and what that moves.
 
         `print(optimizer.placement())` gives a table. It asks no other rank, before the first step and after.
         """
-        entries = list(self._entries())
-        return placement(entries, self._windows([entry for entry in entries if entry.matrices is not None]))
+        self.attach_found()
+        parts = self._stepped_together(list(self._entries(whole_engine=True)))
+        windows = (self._windows([entry for entry in part if entry.matrices is not None]) for part in parts)
+        return Placement(row for part, plan in zip(parts, windows, strict=True) for row in placement(part, plan))
+
+    def attach_partitions(
+        self, partitions: Sequence[FlatPartition], overflowed: Callable[[], bool] = lambda: False
+    ) -> None:
+        """Say what is in the flat tensors that an engine has put in the place of the parameters.
+
+        `ldadam_dist.integrations.deepspeed` does so for DeepSpeed; collective over their process groups.
+
+        Args:
+            partitions: in the order in which the engine steps them, the same on all processes.
+            overflowed: see `Partitions`.
+        Raises:
+            ValueError: parameters that do not fit into their flat tensors, or an optimizer with process_group=.
+        """
+        if self._process_group is not None:
+            raise ValueError("an engine partitions the states itself: build LDAdamW without process_group=.")
+        found = Partitions(partitions, self.param_groups, overflowed)
+        self._forget()
+        self._partitions = found
+
+    def attach_when_needed(self, attach: Callable[[], Any]) -> None:
+        """Have `attach`, which calls `attach_partitions`, called as soon as the parameters must be known."""
+        self._find_partitions = attach
+
+    def attach_found(self) -> None:
+        if self._find_partitions is not None:
+            self._find_partitions()
+            self._find_partitions = None
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state, as `torch.optim.Optimizer.load_state_dict`, but keep every tensor's dtype.
@@ -235,25 +282,33 @@ class LDAdamW(Optimizer):
         Raises:
             ValueError: groups or shapes that do not fit; nothing has been loaded then.
         """
+        self.attach_found()
         loaded: list[tuple[Entry, dict[str, Any]]] = []
 
         def check(_: Optimizer, saved: dict[str, Any]) -> None:
-            groups = [(group, number) for group in saved["param_groups"] for number in group["params"]]
-            entries = list(self._entries(trainable_only=False))
-            if len(entries) == len(groups):  # otherwise torch says what differs
-                for entry, (group, number) in zip(entries, groups, strict=True):
-                    state = saved["state"].get(number, {})
-                    sharded = entry.adapter.sharded
-                    arguments.check_state(entry.name, entry.param, entry.group, group, state, sharded)
+            saved_groups = saved["param_groups"]
+            if [len(group["params"]) for group in saved_groups] != [len(g["params"]) for g in self.param_groups]:
+                return  # torch says what differs
+            numbers = [(group, number) for group in saved_groups for number in group["params"]]
+            for (param, entries), (group, number) in zip(self._entries_by_param(), numbers, strict=True):
+                states = saved["state"].get(number, {})
+                flat = self._partitions is not None and param in self._partitions
+                for entry in entries:
+                    state = states.get(entry.name, {}) if flat else states
+                    name, sharded = f"{entry.name} of shape {entry.shape}", entry.adapter.sharded
+                    arguments.check_state(name, entry.group, group, state, stored_shapes(entry), sharded)
                     loaded.append((entry, state))
+                if flat:
+                    arguments.check_partition(states, [entry.name for entry in entries if entry.present])
 
         def restore(_: Optimizer) -> None:
             # torch has cast every state to its parameter's dtype; take the saved ones instead.
-            self._ranks_agree = False
-            for entry, state in loaded:
-                for key, value in state.items():
+            self._agreed.clear()
+            for entry, saved in loaded:
+                state = self._state_of(entry) if saved else {}
+                for key, value in saved.items():
                     if isinstance(value, Tensor) and key != "step":
-                        self.state[entry.param][key] = value.to(device=entry.param.device)
+                        state[key] = value.to(device=entry.param.device)
 
         # As hooks, to see what the user's own hooks make of the state, and to come before those that follow.
         hooks = (
@@ -266,15 +321,43 @@ class LDAdamW(Optimizer):
             for hook in hooks:
                 hook.remove()
 
-    def _entries(self, trainable_only: bool = True) -> Iterator[Entry]:
+    def _entries(self, whole_engine: bool = False) -> Iterator[Entry]:
+        """Trainable parameters; `whole_engine`: also those whose flat tensors an engine is not stepping just now."""
+        if whole_engine and self._partitions is not None:
+            for param, index in self._partitions.tensors:
+                yield from self._partitions.entries(param, self.param_groups[index], self.state.get(param, {}))
+            return
+        for param, entries in self._entries_by_param():
+            if param.requires_grad:
+                yield from entries
+
+    def _entries_by_param(self) -> Iterator[tuple[Tensor, list[Entry]]]:
         for i, group in enumerate(self.param_groups):
             for name, param in zip(_names(group, i), group["params"], strict=True):
-                if param.requires_grad or not trainable_only:
-                    settings = group["rank"], group["enable_lowrank"], group["flatten"]
-                    matrices = (
-                        matrices_of(param.shape, group["flatten"]) if is_low_rank(param.shape, *settings) else None
-                    )
-                    yield Entry(name, param, group, self._adapter(param, name, group["flatten"]), matrices)
+                state = self.state.get(param, {})
+                if self._partitions is not None and param in self._partitions:
+                    yield param, list(self._partitions.entries(param, group, state))
+                    continue
+                arguments.check_not_flattened(param, self._shapes)
+                shape, flatten = global_shape(param), group["flatten"]
+                low_rank = is_low_rank(shape, group["rank"], group["enable_lowrank"], flatten)
+                matrices = matrices_of(shape, flatten) if low_rank else None
+                adapter = self._adapter(param, name, flatten)
+                yield param, [Entry(name, param, group, adapter, matrices, shape, state)]
+
+    def _state_of(self, entry: Entry) -> dict[str, Any]:
+        """Where the state of a parameter is kept; that of a flat tensor has one dict for each name."""
+        if not entry.present:
+            return {}
+        state: dict[str, Any] = self.state[entry.param]
+        flat = self._partitions is not None and entry.param in self._partitions
+        return state.setdefault(entry.name, {}) if flat else state
+
+    def _stepped_together(self, entries: list[Entry]) -> list[list[Entry]]:
+        """The parameters in the parts that are planned by themselves: an engine steps flat tensors one by one."""
+        if self._partitions is None:
+            return [entries]
+        return [list(part) for _, part in itertools.groupby(entries, key=lambda entry: id(entry.param))]
 
     def _adapter(self, param: Tensor, name: str, flatten: bool) -> Adapter:
         where = (getattr(param, "device_mesh", None), getattr(param, "placements", None), param.device)
@@ -287,29 +370,14 @@ class LDAdamW(Optimizer):
         """The plan of the matrices; made anew when they or their settings change."""
         keys = ("rank", "proj_type", "proj_method", "error_feedback", "communication")
         made_of = tuple((e.adapter, e.matrices, *(e.group[key] for key in keys)) for e in entries)
-        if self._plan is None or self._plan[0] != made_of:
-            self._plan = made_of, plan_windows(entries, self._window)
-        return self._plan[1]
-
-    def _step_vectors(self, entries: list[Entry]) -> None:
-        for _, members in itertools.groupby(entries, key=lambda entry: id(entry.group)):  # entries come group by group
-            vectors = []
-            for entry in members:
-                group, state, local = entry.group, self.state[entry.param], entry.adapter.local
-                # Checkpoint libraries take a step with zero gradients and lr = 0 to learn the state's shape.
-                dummy = entry.status == ZERO and group["lr"] == 0 and state["step"] == 0
-                if not dummy:
-                    moments = (local(state["exp_avg"]), local(state["exp_avg_sq"]))
-                    vectors.append(Vector(local(entry.param), entry.grad, *moments, state["step"]))
-            adamw_step(
-                vectors,
-                lr=float(group["lr"]),
-                betas=group["betas"],
-                eps=group["eps"],
-                weight_decay=group["weight_decay"],
-            )
+        tensors = tuple(dict.fromkeys(id(entry.param) for entry in entries))
+        if tensors not in self._plans or self._plans[tensors][0] != made_of:
+            self._plans[tensors] = made_of, plan_windows(entries, self._window)
+        return self._plans[tensors][1]
 
 
 def _names(group: dict[str, Any], number: int) -> list[str]:
     """Names of a group's parameters for messages: their own, or their place."""
-    return group.get("param_names") or [f"#{i} of group {number}" for i in range(len(group["params"]))]
+    names: list[str] = group.get("param_names") or []
+    count = len(group["params"])
+    return names if len(names) == count else [f"#{i} of group {number}" for i in range(count)]

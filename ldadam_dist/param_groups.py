@@ -19,6 +19,7 @@ from ldadam_dist.rules import (
     DEFAULT_RANK,
     PROJ_TYPES,
     compute_dtype,
+    global_shape,
     is_low_rank,
     matrices_of,
     oriented_shape,
@@ -194,7 +195,7 @@ def _group_rows(target: torch.optim.Optimizer | Iterable[Any], settings: dict[st
         params = [group["params"]] if isinstance(group["params"], torch.Tensor) else group["params"]
         for index, item in enumerate(params):
             name, param = item if isinstance(item, tuple) else (names[index] if names else f"[{len(rows)}]", item)
-            shape = tuple(getattr(param, "ds_shape", param.shape))
+            shape = global_shape(param)
             why = ""
             if not is_low_rank(shape, rank, enabled, flatten):
                 matrices = matrices_of(shape, flatten)

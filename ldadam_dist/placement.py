@@ -10,9 +10,8 @@ from ldadam_dist.costs import wire_elements
 from ldadam_dist.entries import Entry
 from ldadam_dist.plan import Unit
 from ldadam_dist.rules import compute_dtype, state_shapes, stored_error_dtype
+from ldadam_dist.state import PARTS
 from ldadam_dist.tables import format_bytes, table
-
-_PARTS = {"projector": "projector", "exp_avg": "moments", "exp_avg_sq": "moments", "error": "error"}
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,8 @@ class Placed:
             shares them.
         state_bytes: of its states, on this rank; `step` is left out.
         total_bytes: of its states, over all ranks that share it.
-        wire_bytes: that one step moves, per rank, by the count of `costs.wire_elements`.
+        wire_bytes: that one step moves, per rank, by the count of `costs.wire_elements`; the pieces of cut rows, that
+            are lent under DeepSpeed, come on top.
     """
 
     name: str
@@ -86,11 +86,11 @@ def placement(entries: Sequence[Entry], windows: Iterable[Iterable[Unit]]) -> Pl
 
 
 def _vector(entry: Entry) -> Placed:
-    local, item = entry.adapter.local(entry.param).numel(), entry.param.dtype.itemsize
-    whole = math.prod(entry.param.shape)
+    local, item = entry.adapter.local(entry.param).numel(), entry.param.dtype.itemsize  # none if it is not here
+    whole = math.prod(entry.shape)
     copies = entry.adapter.copies
     return Placed(
-        *(entry.name, tuple(entry.param.shape), entry.adapter.describe(), "", "AdamW", ()),
+        *(entry.name, entry.shape, entry.adapter.describe(), "", "AdamW", ()),
         state_bytes=2 * local * item,
         total_bytes=2 * whole * item * copies,
         wire_bytes=0,
@@ -99,17 +99,17 @@ def _vector(entry: Entry) -> Placed:
 
 def _matrix(entry: Entry, units: Sequence[Unit]) -> Placed:
     group, layout, dtype = entry.group, units[0].layout, compute_dtype(entry.param.dtype)
-    shapes = state_shapes(entry.param.shape, group)
+    shapes = state_shapes(entry.shape, group)
     sizes = dict.fromkeys(("projector", "exp_avg", "exp_avg_sq"), dtype.itemsize)
     if group["error_feedback"]:
         sizes["error"] = stored_error_dtype(entry.param.dtype, group["error_dtype"]).itemsize
-    elements = {key: entry.adapter.state_elements(shapes[key], _PARTS[key], entry.side) for key in sizes}
+    elements = {key: entry.adapter.state_elements(shapes[key], PARTS[key], entry.side) for key in sizes}
     start, stop = entry.held
     owners = [entry.adapter.owner_rank(unit.owner, entry.side) for unit in units[: stop - start]]
     wire = wire_elements(layout, units[0].communication, group["proj_method"], group["error_feedback"])
     return Placed(
         name=entry.name,
-        shape=tuple(entry.param.shape),
+        shape=entry.shape,
         mesh=entry.adapter.describe(),
         side="rows" if entry.side == "left" else "columns",
         communication="none" if layout.whole else units[0].communication,

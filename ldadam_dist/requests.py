@@ -96,7 +96,29 @@ class Delegate:
         return self.function(*self.tensors)
 
 
-Request: TypeAlias = Sum | ScatterSum | Gather | OnOwner | Delegate
+@dataclass(frozen=True)
+class Send:
+    """Hand vectors to other processes of `axis`.
+
+    Attributes:
+        outgoing: (group rank, vector) pairs.
+        incoming: (group rank, length) of each vector that comes from another; those of one rank in the order in which
+            it sends them.
+        tensor: of the dtype and device of the vectors.
+
+    Answer: the vectors that came, in the order of `incoming`.
+    """
+
+    axis: Axis
+    outgoing: tuple[tuple[int, Tensor], ...]
+    incoming: tuple[tuple[int, int], ...]
+    tensor: Tensor
+
+    def alone(self) -> list[Tensor]:
+        return []
+
+
+Request: TypeAlias = Sum | ScatterSum | Gather | OnOwner | Delegate | Send
 Exchange: TypeAlias = Generator[Request, Any, Any]
 """A computation that yields requests, receives their answers and returns a result."""
 

@@ -66,6 +66,11 @@ def oriented_shape(shape: Sequence[int], proj_type: str) -> tuple[int, int]:
     return (rows, columns) if projected_side(shape, proj_type) == "left" else (columns, rows)
 
 
+def global_shape(param: torch.Tensor) -> tuple[int, ...]:
+    """Shape of a parameter over all ranks; DeepSpeed's ZeRO-3 empties the parameter itself and keeps it aside."""
+    return tuple(getattr(param, "ds_shape", param.shape))
+
+
 def matrices_of(shape: Sequence[int], flatten: bool = False) -> tuple[int, int, int] | None:
     """The equal matrices that a parameter is made of.
 

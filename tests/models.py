@@ -121,3 +121,37 @@ def odd_loss(model: nn.Module, x: Tensor) -> Tensor:
 def odd_inputs(step: int) -> Tensor:
     """Batch of step `step`: (24, 7) inputs, for 1, 2, 3 or 4 equal parts."""
     return torch.randn(24, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
+
+
+class Experts(nn.Module):
+    """Three 5 × 6 matrices in one parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 5, 6) / 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, 6) to (batch, 3, 5)."""
+        return torch.einsum("eij,bj->bei", self.weight, x)
+
+
+class ExpertNet(nn.Module):
+    """A stack of experts, a convolution, and a matrix whose rows are longer than the run of a rank of four."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into = nn.Linear(7, 6)
+        self.experts = Experts()
+        self.conv = nn.Conv1d(3, 4, 3, padding=1)
+        self.long = nn.Linear(20, 3, bias=False)  # 60 elements: runs of 15
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, 7) to (batch, 3)."""
+        hidden = torch.tanh(self.experts(torch.tanh(self.into(x))))
+        return self.long(torch.tanh(self.conv(hidden)).flatten(1))
+
+
+def expert_net(dtype: torch.dtype = torch.float64) -> nn.Module:
+    """An `ExpertNet` with fixed weights."""
+    torch.manual_seed(0)
+    return ExpertNet().to(dtype)

@@ -119,7 +119,10 @@ def train(
     return worst, held
 
 
-@pytest.mark.parametrize(("world_size", "mesh", "communication"), RUNS, ids=str)
+@pytest.mark.parametrize(
+    ("world_size", "mesh", "communication"),
+    [pytest.param(*run, id="-".join(map(str, run)), marks=[pytest.mark.slow] if run[0] == 8 else []) for run in RUNS],
+)
 def test_every_placement_equals_one_process(world_size: int, mesh: tuple[int, ...], communication: str) -> None:
     found = run_ranks(world_size, train, mesh, communication, torch.float64, timeout=300)
     worst = {name: max(rank[name] for rank, _ in found) for name in found[0][0]}

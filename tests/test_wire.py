@@ -17,23 +17,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from ldadam_dist import LDAdamW, Traffic
 
 M, N, R = 96, 160, 8
 """Projected and kept dimension of the matrices, and the rank."""
-
-
-@pytest.fixture
-def fake_world() -> Any:
-    """A function that starts a world in which only one rank exists."""
-
-    def start(world_size: int, rank: int = 1) -> None:
-        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
-
-    yield start
-    dist.destroy_process_group()
 
 
 def step_traffic(

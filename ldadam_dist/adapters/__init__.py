@@ -8,9 +8,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from ldadam_dist.adapters.dtensor import MeshAdapter
+from ldadam_dist.adapters.flat import FlatAdapter
 from ldadam_dist.adapters.tensor import TensorAdapter
 
-Adapter = TensorAdapter | MeshAdapter
+Adapter = TensorAdapter | MeshAdapter | FlatAdapter
 
 
 def adapter_for(param: Tensor, process_group: Any | None, name: str, flatten: bool) -> Adapter:
@@ -31,4 +32,4 @@ def adapter_for(param: Tensor, process_group: Any | None, name: str, flatten: bo
     return TensorAdapter(param.device)
 
 
-__all__ = ["Adapter", "MeshAdapter", "TensorAdapter", "adapter_for"]
+__all__ = ["Adapter", "FlatAdapter", "MeshAdapter", "TensorAdapter", "adapter_for"]

@@ -41,9 +41,13 @@ class MeshAdapter:
         groups: the process groups over which the parameter's ranks agree, with their device.
         sharded: whether the states are DTensors.
         copies: how many processes hold each element of the parameter.
+        present: whether this process takes part in its steps, be it with an empty shard.
+        cut: no row is cut.
     """
 
     sharded = True
+    present = True
+    cut = None
 
     def __init__(
         self,
@@ -134,6 +138,14 @@ class MeshAdapter:
         state = DTensor.from_local(local, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
         device = self.local(param).device
         return state if device.type == mesh.device_type else cast(DTensor, state.to(device))  # offloaded
+
+    def new_moment(self, param: Tensor) -> Tensor:
+        """A new moment of AdamW, of zeros, like the parameter."""
+        return torch.zeros_like(param, memory_format=torch.preserve_format)
+
+    def state_shape(self, shape: Sequence[int], part: str, side: str) -> tuple[int, ...]:
+        """Shape of the tensor that `new_state` makes: a DTensor tells the global one."""
+        return tuple(shape)
 
     def state_elements(self, shape: Sequence[int], part: str, side: str) -> int:
         """Elements that this process holds of a state; the arguments are those of `new_state`."""

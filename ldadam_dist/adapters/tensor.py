@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldadam_dist.layout import Bounds, MatrixLayout
+from ldadam_dist.layout import Bounds, MatrixLayout, RowCut
 
 
 class TensorAdapter:
@@ -20,11 +20,15 @@ class TensorAdapter:
         groups: nobody to agree with.
         sharded: whether the states are DTensors.
         copies: how many processes hold each element of the parameter.
+        present: whether this process takes part in its steps.
+        cut: how its rows are cut, if they are.
     """
 
     groups: tuple[tuple[Any, torch.device], ...] = ()
     sharded = False
     copies = 1
+    present = True
+    cut: RowCut | None = None
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -43,6 +47,14 @@ class TensorAdapter:
     def new_state(self, param: Tensor, shape: Sequence[int], part: str, side: str, dtype: torch.dtype) -> Tensor:
         """A new state tensor of zeros, of global `shape`."""
         return torch.zeros(tuple(shape), dtype=dtype, device=param.device)
+
+    def new_moment(self, param: Tensor) -> Tensor:
+        """A new moment of AdamW, of zeros, like the parameter."""
+        return torch.zeros_like(param, memory_format=torch.preserve_format)
+
+    def state_shape(self, shape: Sequence[int], part: str, side: str) -> tuple[int, ...]:
+        """Shape of the tensor that `new_state` makes."""
+        return tuple(shape)
 
     def state_elements(self, shape: Sequence[int], part: str, side: str) -> int:
         """Elements that this process holds of a state."""

@@ -1,4 +1,7 @@
-"""Collectives over one axis, each answering many requests with one call on a flat buffer."""
+"""Collectives over one group, each answering many requests with one call on a flat buffer.
+
+`axis` names the group; the pieces that a request means are those of its own axis.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ldadam_dist.layout import Axis
-from ldadam_dist.requests import Gather, ScatterSum, Sum
+from ldadam_dist.requests import Gather, ScatterSum, Send, Sum
 
 # Newer names of the same collectives, where torch has them: the old ones warn there.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -69,13 +72,13 @@ def answer_sums(requests: Sequence[Sum], axis: Axis) -> list[Tensor]:
 
 def answer_scatter_sums(requests: Sequence[ScatterSum], axis: Axis) -> list[Tensor]:
     """One reduce-scatter."""
-    parts = [split(q.tensor, -1, axis) for q in requests]
+    parts = [split(q.tensor, -1, q.axis) for q in requests]
     outgoing = torch.cat([part.flatten(1) for part in parts], dim=1)
     mine = outgoing.new_zeros(outgoing.shape[1])
     _reduce_scatter(mine, outgoing.view(-1), group=axis.group)
     answers = []
     for q, padded in zip(requests, unflat(mine, (part.shape[1:] for part in parts)), strict=True):
-        start, stop = axis.bounds(q.tensor.shape[-1])
+        start, stop = q.axis.bounds(q.tensor.shape[-1])
         answers.append(padded[..., : stop - start])
     return answers
 
@@ -84,17 +87,27 @@ def answer_gathers(requests: Sequence[Gather], axis: Axis) -> list[Tensor]:
     """One all-gather."""
     padded = []
     for q in requests:
-        start, stop = axis.bounds(q.length)
+        start, stop = q.axis.bounds(q.length)
         assert q.tensor.shape[q.dim] == stop - start, "a stored slice is not as long as its layout says"
-        padded.append(_pad(q.tensor, q.dim, axis.pieces(q.length).longest - q.tensor.shape[q.dim]))
+        padded.append(_pad(q.tensor, q.dim, q.axis.pieces(q.length).longest - q.tensor.shape[q.dim]))
     mine = flat(padded, padded[0])
     whole = mine.new_zeros(axis.count, mine.numel())
     _all_gather(whole.view(-1), mine, group=axis.group)
     sections = whole.split([part.numel() for part in padded], dim=1)
     return [
-        join(section.unflatten(1, part.shape), q.dim, axis, q.length)
+        join(section.unflatten(1, part.shape), q.dim, q.axis, q.length)
         for q, section, part in zip(requests, sections, padded, strict=True)
     ]
+
+
+def answer_sends(requests: Sequence[Send], axis: Axis) -> list[list[Tensor]]:
+    """One all-to-all."""
+    group_ranks = range(axis.count)
+    outgoing = [[vector for q in requests for to, vector in q.outgoing if to == p] for p in group_ranks]
+    lengths = [[length for q in requests for source, length in q.incoming if source == p] for p in group_ranks]
+    received = exchange(outgoing, [sum(each) for each in lengths], axis, requests[0].tensor)
+    vectors = [iter(whole.split(each)) for whole, each in zip(received, lengths, strict=True)]
+    return [[next(vectors[source]) for source, _ in q.incoming] for q in requests]
 
 
 def exchange(outgoing: Sequence[Sequence[Tensor]], sizes: Sequence[int], axis: Axis, like: Tensor) -> list[Tensor]:

@@ -8,12 +8,13 @@ collectives in the same order.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from ldadam_dist.layout import Axis, MatrixLayout
-from ldadam_dist.requests import Delegate, Exchange, Gather, OnOwner, Request, ScatterSum, Sum, alone
-from ldadam_dist.runtime.collectives import answer_gathers, answer_scatter_sums, answer_sums
+from ldadam_dist.requests import Delegate, Exchange, Gather, OnOwner, Request, ScatterSum, Send, Sum, alone
+from ldadam_dist.runtime.collectives import answer_gathers, answer_scatter_sums, answer_sends, answer_sums
 from ldadam_dist.runtime.owners import Owned, answer_delegates, answer_on_owners
 
 
@@ -25,14 +26,12 @@ class Job:
         layout: where each of them lies.
         owners: for each matrix, the number of the process that computes its projector: its place (i, j) as
             i · over_n.count + j.
-        start: makes the exchange; memory is taken here, not before.
-        finish: takes the exchange's result.
+        start: makes the exchange, which takes memory when it is first advanced and stores its result itself.
     """
 
     layout: MatrixLayout
     owners: tuple[int, ...]
     start: Callable[[], Exchange]
-    finish: Callable[[Any], None]
 
 
 def run(jobs: Iterable[Job]) -> None:
@@ -43,7 +42,7 @@ def run(jobs: Iterable[Job]) -> None:
     shared = []
     for job in jobs:
         if job.layout.whole:
-            job.finish(alone(job.start()))
+            alone(job.start())
         else:
             shared.append(job)
     exchanges = [job.start() for job in shared]
@@ -51,11 +50,17 @@ def run(jobs: Iterable[Job]) -> None:
     while answers:
         asked: dict[int, Request] = {}
         for i, answer in answers.items():
-            try:
+            with suppress(StopIteration):
                 asked[i] = exchanges[i].send(answer)
-            except StopIteration as end:
-                shared[i].finish(end.value)
         answers = _answer(shared, asked)
+
+
+_OVER_ONE_GROUP: dict[type, Callable[..., Sequence[Any]]] = {
+    Sum: answer_sums,
+    ScatterSum: answer_scatter_sums,
+    Gather: answer_gathers,
+    Send: answer_sends,
+}
 
 
 def _answer(jobs: Sequence[Job], asked: dict[int, Request]) -> dict[int, Any]:
@@ -71,16 +76,13 @@ def _answer(jobs: Sequence[Job], asked: dict[int, Request]) -> dict[int, Any]:
             answers[i] = request.alone()
         else:
             tensor = request.tensors[0] if isinstance(request, Delegate) else request.tensor
-            together.setdefault((type(request), tensor.dtype, *axes), []).append(i)
-    for (kind, _, axis, *_), members in together.items():
+            groups = (axis.group for axis in axes)
+            together.setdefault((type(request), tensor.dtype, *groups), []).append(i)
+    for (kind, *_), members in together.items():
         requests: list[Any] = [asked[i] for i in members]
         layouts = [jobs[i].layout for i in members]
-        if kind is Sum:
-            results: Sequence[Any] = answer_sums(requests, axis)
-        elif kind is ScatterSum:
-            results = answer_scatter_sums(requests, axis)
-        elif kind is Gather:
-            results = answer_gathers(requests, axis)
+        if kind in _OVER_ONE_GROUP:
+            results: Sequence[Any] = _OVER_ONE_GROUP[kind](requests, requests[0].axis)
         else:
             owned = _owned([jobs[i] for i in members])
             results = (answer_on_owners if kind is OnOwner else answer_delegates)(requests, layouts, owned)

@@ -1,0 +1,140 @@
+"""Flat tensors that an engine has put in the place of parameters, and the parameters in them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldadam_dist.adapters.flat import FlatAdapter, FlatRange
+from ldadam_dist.entries import Entry
+from ldadam_dist.rules import is_low_rank, matrices_of
+from ldadam_dist.runtime import ranks_of
+
+
+@dataclass(frozen=True)
+class FlatParam:
+    """A parameter in a flat tensor.
+
+    Attributes:
+        name: unique among all parameters.
+        shape: its own.
+        elements: where its row-major elements are.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    elements: FlatRange
+
+
+@dataclass(frozen=True)
+class FlatPartition:
+    """This process's partition of a flat tensor.
+
+    Attributes:
+        tensor: the partition, 1-D; it is what the optimizer's group holds while it steps.
+        group_index: number of that group.
+        params: the parameters in the flat tensor, on whatever process, in the same order on all.
+        process_group: the processes over which it is partitioned.
+        device: where its matrices are stepped, and where the process group communicates.
+    """
+
+    tensor: Tensor
+    group_index: int
+    params: tuple[FlatParam, ...]
+    process_group: Any
+    device: torch.device
+
+
+class Partitions:
+    """All flat tensors of an optimizer.
+
+    Args:
+        partitions: in the same order on all processes.
+        param_groups: the optimizer's groups.
+        overflowed: tells, in a step, whether the engine saw a gradient that is not finite, also in tensors that are
+            stepped by themselves later; the same on all processes.
+
+    Raises:
+        ValueError: a parameter that does not fit into its flat tensor, or two of one name.
+    """
+
+    def __init__(
+        self,
+        partitions: Sequence[FlatPartition],
+        param_groups: Sequence[Mapping[str, Any]],
+        overflowed: Callable[[], bool],
+    ) -> None:
+        self._partitions, self.overflowed = tuple(partitions), overflowed
+        self._entries = {
+            partition.tensor: list(_entries_of(partition, param_groups[partition.group_index]))
+            for partition in partitions
+        }
+        names = [name for entries in self._entries.values() for name, *_ in entries]
+        twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
+        if twice:
+            raise ValueError(f"parameter {twice[0]} is in several flat tensors, or twice in one: expected it once.")
+
+    def __contains__(self, tensor: Tensor) -> bool:
+        return tensor in self._entries
+
+    @property
+    def tensors(self) -> list[tuple[Tensor, int]]:
+        """Each flat tensor with the number of its group."""
+        return [(partition.tensor, partition.group_index) for partition in self._partitions]
+
+    def is_first(self, tensor: Tensor) -> bool:
+        """Whether it is the first that a step of the engine steps."""
+        return tensor is self._partitions[0].tensor
+
+    def entries(self, tensor: Tensor, group: dict[str, Any], state: Mapping[str, Any]) -> Iterator[Entry]:
+        """What is stepped of a flat tensor, whether or not any of it lies on this process.
+
+        Args:
+            tensor: the flat tensor.
+            group: its parameter group.
+            state: its state, by name of what is stepped.
+        """
+        for name, shape, adapter in self._entries[tensor]:
+            low_rank = adapter.is_matrix and is_low_rank(
+                shape, group["rank"], group["enable_lowrank"], group["flatten"]
+            )
+            matrices = matrices_of(shape, group["flatten"]) if low_rank else None
+            yield Entry(name, tensor, group, adapter, matrices, shape, state.get(name, {}))
+
+
+def _entries_of(
+    partition: FlatPartition, group: Mapping[str, Any]
+) -> Iterator[tuple[str, tuple[int, ...], FlatAdapter]]:
+    """(name, shape, adapter) of each matrix, of a stack too, and of each other parameter."""
+    ranks = ranks_of(partition.process_group)
+    for param in partition.params:
+        elements, total = param.elements, math.prod(param.shape)
+        if elements.starts[0] != 0 or elements.starts[-1] != total or len(elements.starts) != len(ranks) + 1:
+            raise ValueError(
+                f"parameter {param.name} of shape {param.shape} is told to be cut at its elements {elements.starts} "
+                f"over {len(ranks)} processes: expected {len(ranks) + 1} numbers from 0 to {total}."
+            )
+        if elements.length and elements.offset + elements.length > partition.tensor.numel():
+            raise ValueError(
+                f"parameter {param.name} is told to be at {elements.offset} to {elements.offset + elements.length} of "
+                f"a partition of {partition.tensor.numel()} elements."
+            )
+
+        def adapter(elements: FlatRange, columns: int) -> FlatAdapter:
+            return FlatAdapter(partition.tensor, elements, ranks, partition.process_group, partition.device, columns)
+
+        if not is_low_rank(param.shape, group["rank"], group["enable_lowrank"], group["flatten"]):
+            yield param.name, param.shape, adapter(elements, 0)
+            continue
+        number, rows, columns = matrices_of(param.shape, group["flatten"]) or (0, 0, 0)
+        if len(param.shape) == 2 or group["flatten"]:
+            yield param.name, param.shape, adapter(elements, columns)
+            continue
+        for i in range(number):
+            size = rows * columns
+            yield f"{param.name}[{i}]", (rows, columns), adapter(elements.part(i * size, (i + 1) * size), columns)
