@@ -16,10 +16,10 @@ INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help venv install install-dev pretrain test test-slow test-gpu lint format types constraints clean
+.PHONY: help venv install install-dev pretrain pretrain-deepspeed test test-slow test-gpu lint format types constraints clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@echo "  ARGS='...' is passed on to pytest and to launch/pretrain.py; NPROC=2 is the number of training processes."
 	@echo "  PYTHON=python3 is the interpreter behind .venv, and the one test-gpu runs with."
@@ -28,7 +28,7 @@ $(RUN):
 	@.ci/venv "$(PYTHON)" "$(VENV)"
 
 $(INSTALLED): pyproject.toml constraints.txt | $(RUN)
-	$(PIP_INSTALL) -e '.[train,test]'
+	$(PIP_INSTALL) -e '.[train,test,deepspeed]'
 	@touch $@
 
 $(INSTALLED_DEV): pyproject.toml constraints.txt | $(INSTALLED)
@@ -42,10 +42,16 @@ install: $(INSTALLED)  ## .venv with the package (editable), training and test d
 install-dev: $(INSTALLED_DEV)  ## the same with ruff, mypy and pre-commit
 
 # Two processes on one machine share its cores.
+THREADS := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(( $$(nproc) > $(NPROC) ? $$(nproc) / $(NPROC) : 1 ))}
+
 pretrain: $(INSTALLED)  ## train a small Llama on two FSDP2 ranks with LDAdamW
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(( $$(nproc) > $(NPROC) ? $$(nproc) / $(NPROC) : 1 ))} \
-	$(VENV)/bin/torchrun --standalone --nproc-per-node $(NPROC) \
+	$(THREADS) $(VENV)/bin/torchrun --standalone --nproc-per-node $(NPROC) \
 	    launch/pretrain.py --config configs/pretrain/default.yaml $(ARGS)
+
+# --num_gpus is the number of processes, on a machine without GPUs too.
+pretrain-deepspeed: $(INSTALLED)  ## the same under DeepSpeed, on two ZeRO-2 ranks
+	$(THREADS) $(VENV)/bin/deepspeed --log_level warning --num_gpus $(NPROC) \
+	    launch/pretrain.py --config configs/pretrain/default.yaml --deepspeed configs/deepspeed/zero2.json $(ARGS)
 
 test: $(INSTALLED)  ## the test suite, without what is marked slow
 	$(RUN) -m pytest $(ARGS)

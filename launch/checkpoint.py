@@ -1,7 +1,8 @@
-"""Checkpoints: a folder step_NNN with model and optimizer as DCP shards, and beside them what the trainer knows.
+"""Checkpoints: a folder step_NNN with model and optimizer as the engine saves them, and what the trainer knows.
 
     step_000400/
       .metadata, __0_0.distcp, ...   torch.distributed.checkpoint: loads on any number of ranks
+      zero/, latest, ...             instead, under DeepSpeed: loads on as many ranks with the same JSON
       trainer.json                   step, tokens, schedule, position in the data, options
       rng_0.pt, ...                  random states, one file a rank
 
@@ -10,27 +11,24 @@ A folder is written under a temporary name and renamed when every rank is done: 
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
-import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from torch.distributed.checkpoint import load, save
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from launch.config import Config, ConfigError
 from launch.distributed import World
+from launch.engine import Engine
+from launch.zero import check_resume
 
 TRAINER_FILE = "trainer.json"
 # What a resumed run may change without becoming another run.
 FREE_ON_RESUME = {
     *("steps", "micro_batch_size", "parallel", "activation_checkpointing", "cache_dir"),
+    "deepspeed",  # its contents are compared
     *("eval_every", "log_every", "save_every", "output_dir", "resume"),
 }
 
@@ -40,8 +38,7 @@ class Checkpointer:
     """Saves and restores a run; ``folder`` holds its checkpoints."""
 
     folder: Path
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
+    engine: Engine
     world: World
 
     def path(self, step: int) -> Path:
@@ -58,8 +55,7 @@ class Checkpointer:
             (temporary / TRAINER_FILE).write_text(json.dumps(trainer, indent=1), encoding="utf-8")
         self.world.barrier()
         torch.save(rng_state(), temporary / f"rng_{self.world.dp_rank}.pt")
-        with quiet_dcp():
-            save(self._state(), checkpoint_id=temporary)
+        self.engine.save(temporary)
         self.world.barrier()
         if self.world.is_main:
             shutil.rmtree(final, ignore_errors=True)
@@ -68,17 +64,10 @@ class Checkpointer:
         return final
 
     def load(self, checkpoint: Path) -> None:
-        """Restore model, optimizer and random state, from a checkpoint of any number of ranks."""
-        state = self._state()
-        with quiet_dcp():
-            load(state, checkpoint_id=checkpoint)
-        set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        """Restore model, optimizer and random state."""
+        self.engine.load(checkpoint)
         saved = len(list(checkpoint.glob("rng_*.pt")))
         set_rng_state(torch.load(checkpoint / f"rng_{self.world.dp_rank % saved}.pt", weights_only=True))
-
-    def _state(self) -> dict[str, Any]:
-        model, optimizer = get_state_dict(self.model, self.optimizer)
-        return {"model": model, "optimizer": optimizer}
 
 
 def find_checkpoint(resume: str, output_dir: Path | None) -> Path:
@@ -96,14 +85,15 @@ def find_checkpoint(resume: str, output_dir: Path | None) -> Path:
     return complete[-1]
 
 
-def read_trainer_state(checkpoint: Path, config: Config) -> dict[str, Any]:
-    """What the trainer saved, after checking that it belongs to a run with these options."""
+def read_trainer_state(checkpoint: Path, config: Config, zero: dict[str, Any] | None, world: World) -> dict[str, Any]:
+    """What the trainer saved, after checking that it belongs to a run with these options and DeepSpeed's settings."""
     trainer: dict[str, Any] = json.loads((checkpoint / TRAINER_FILE).read_text(encoding="utf-8"))
     saved, current = trainer["config"], config.flat()
     different = [key for key in current if key not in FREE_ON_RESUME and saved.get(key) != current[key]]
     if different:
         found = ", ".join(f"{key}={current[key]!r} (was {saved.get(key)!r})" for key in different)
         raise ConfigError(f"resume: {checkpoint} belongs to a run with other options: {found}. Give the same ones")
+    check_resume(checkpoint, trainer, {"deepspeed": zero, "ranks": world.size})
     if trainer["step"] >= config.run.steps:
         raise ConfigError(
             f"resume: {checkpoint} is at step {trainer['step']} of steps={config.run.steps}: "
@@ -123,11 +113,3 @@ def set_rng_state(state: dict[str, torch.Tensor]) -> None:
     torch.set_rng_state(state["cpu"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
-
-
-@contextlib.contextmanager
-def quiet_dcp() -> Iterator[None]:
-    """Without DCP's warning that one process without a process group saves alone, as it should."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield

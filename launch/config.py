@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,14 +42,27 @@ class ModelOptions:
     parallel: Literal["auto", "fsdp", "ddp", "none"] = option(
         "auto", "fsdp: FSDP2 (fully_shard); ddp: replicas; none: one device; auto: fsdp under torchrun, else none"
     )
+    deepspeed: str | None = option(
+        None,
+        "a JSON file of DeepSpeed, e.g. configs/deepspeed/zero2.json: ZeRO spreads model and optimizer, and parallel "
+        "must be auto; its values 'auto' follow the options of the run",
+    )
     precision: Literal["auto", "bf16", "fp32"] = option(
-        "auto", "computation dtype; weights, reductions and optimizer stay float32. auto: bf16 on CUDA, fp32 on CPU"
+        "auto",
+        "computation dtype; weights, reductions and optimizer stay float32, but DeepSpeed computes and reduces with a "
+        "bf16 copy of its float32 weights. auto: bf16 on CUDA, fp32 on CPU",
     )
     activation_checkpointing: bool = option(False, "recompute each decoder layer in backward to save memory")
 
     def __post_init__(self) -> None:
         known = sorted(path.stem for path in MODELS.glob("*.json"))
         expect(self.model_path.is_file(), f"model={self.model!r}: no such file and not one of {', '.join(known)}")
+        if self.deepspeed is not None:
+            expect(Path(self.deepspeed).expanduser().is_file(), f"deepspeed={self.deepspeed!r}: no such file")
+            expect(
+                self.parallel == "auto",
+                f"parallel={self.parallel} and deepspeed={self.deepspeed!r}: both spread the model; remove one",
+            )
 
     @property
     def model_path(self) -> Path:
@@ -201,7 +215,7 @@ SECTIONS: dict[str, type] = {
 def make_parser() -> ArgumentParser:
     parser = ArgumentParser(
         usage="%(prog)s [--config FILE] [--<option> <value> ...]",
-        description="Pretrain a Llama with LDAdamW or AdamW on one device, or on many under torchrun.",
+        description="Pretrain a Llama with LDAdamW or AdamW on one device, or on many under torchrun or deepspeed.",
         epilog="example: torchrun --standalone --nproc-per-node 2 launch/pretrain.py "
         "--config configs/pretrain/default.yaml --optimizer adamw",
     )
@@ -219,6 +233,9 @@ def make_parser() -> ArgumentParser:
 def parse_config(arguments: Sequence[str] | None = None) -> Config:
     """Options from the command line (default: sys.argv); a wrong one prints the reason and exits with code 2."""
     parser = make_parser()
+    # The deepspeed launcher adds --local_rank=N to a script's arguments; LOCAL_RANK in the environment says the same.
+    given = sys.argv[1:] if arguments is None else arguments
+    arguments = [argument for argument in given if not argument.startswith("--local_rank=")]
     options: Namespace = parser.parse_args(arguments)
     try:
         sections = {

@@ -1,4 +1,4 @@
-"""The processes of a run: what torchrun started, the device of each, and the few collectives the trainer needs."""
+"""The processes of a run: what a launcher started, the device of each, and the few collectives the trainer needs."""
 
 from __future__ import annotations
 
@@ -48,15 +48,20 @@ class World:
         return tensor
 
 
-def start() -> World:
-    """Join the process group when torchrun started this process; pick the device and the number of CPU threads."""
+def start(needs_group: bool = False) -> World:
+    """Join the process group when a launcher started this process; pick the device and the number of CPU threads.
+
+    Args:
+        needs_group: make a process group of one for a process that was started alone.
+    """
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", 1)))  # torchrun's, deepspeed's
     if torch.cuda.is_available():
         expect(
             local_size <= torch.cuda.device_count(),
             f"{local_size} processes on this host have {torch.cuda.device_count()} CUDA device(s): expected one each. "
-            "Lower --nproc-per-node (make pretrain NPROC=1), or train on the CPU with CUDA_VISIBLE_DEVICES= ",
+            "Start fewer (--nproc-per-node, --num_gpus, make pretrain NPROC=1), or train on the CPU with "
+            "CUDA_VISIBLE_DEVICES= ",
         )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
@@ -64,13 +69,16 @@ def start() -> World:
         device = torch.device("cpu")
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         torch.set_num_threads(max(1, cores // local_size))
-    if not os.environ.keys() >= {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}:  # not started by torchrun
-        return World(dp_rank=0, size=1, local_rank=0, device=device)
+    alone: dict[str, Any] = {}
+    if not os.environ.keys() >= {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}:  # not started by a launcher
+        if not needs_group:
+            return World(dp_rank=0, size=1, local_rank=0, device=device)
+        alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     # gloo next to nccl: object broadcasts and checkpoints move CPU tensors.
     if device.type == "cuda":
-        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
+        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device, **alone)
     else:
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", **alone)
     return World(dp_rank=dist.get_rank(), size=dist.get_world_size(), local_rank=local_rank, device=device)
 
 

@@ -2,6 +2,8 @@
 
 python launch/pretrain.py --config configs/pretrain/default.yaml
 torchrun --standalone --nproc-per-node 2 launch/pretrain.py --config configs/pretrain/default.yaml --optimizer adamw
+deepspeed --num_gpus 2 launch/pretrain.py --config configs/pretrain/default.yaml \\
+    --deepspeed configs/deepspeed/zero2.json
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     world = None
     try:
-        world = distributed.start()
+        world = distributed.start(needs_group=config.model.deepspeed is not None)
         Trainer(config, world).train()
     except (ConfigError, FloatingPointError) as error:
         if world is None or world.is_main:

@@ -11,17 +11,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.distributed.tensor import DTensor
 
 from launch.checkpoint import Checkpointer, find_checkpoint, read_trainer_state
 from launch.config import Config, expect
 from launch.data import Sequences, local_slice, training_sequences, validation_sequences
 from launch.distributed import World
-from launch.model import LanguageModel
-from launch.optim import build_optimizer, build_scheduler
+from launch.engine import Engine, TorchEngine
+from launch.model import build_model
+from launch.optim import build_scheduler
 from launch.runlog import LOG_FILE, PLOT_FILE, RunLog, plot, read_log
 from launch.sources import open_source
 from launch.tokenizer import load_tokenizer
+from launch.zero import ZeroEngine, zero_settings
 
 
 @dataclass
@@ -39,18 +40,21 @@ class Trainer:
     def __init__(self, config: Config, world: World) -> None:
         self.config, self.world = config, world
         self.micro_batch_size = micro_batch_size(config, world)
+        self.zero = zero_settings(config, world, self.micro_batch_size) if config.model.deepspeed else None
         self.folder, checkpoint = output_folder(config, world)
-        saved = read_trainer_state(checkpoint, config) if checkpoint else None
+        saved = read_trainer_state(checkpoint, config, self.zero, world) if checkpoint else None
 
         source = open_source(config.data)
         encoder = load_tokenizer(config.data, source, world)
         self.tokenizer_fingerprint = encoder.fingerprint
         self.data: Sequences = training_sequences(config.data, source, encoder, config.run.seed, world)
         self.validation_data: np.ndarray = validation_sequences(config.data, source, encoder, world)
-        self.model = LanguageModel(config, encoder, world)
-        self.optimizer = build_optimizer(self.model.module, config.optimizer)
-        self.scheduler = build_scheduler(self.optimizer, config.optimizer, config.run.steps)
-        self.checkpointer = Checkpointer(self.folder / "checkpoints", self.model.module, self.optimizer, world)
+        model = build_model(config, encoder)
+        self.engine: Engine = (
+            ZeroEngine(model, config, self.zero, world) if self.zero else TorchEngine(model, config, world)
+        )
+        self.scheduler = build_scheduler(self.engine.optimizer, config.optimizer, config.run.steps)
+        self.checkpointer = Checkpointer(self.folder / "checkpoints", self.engine, world)
 
         self.progress = Progress()
         if checkpoint and saved:
@@ -68,8 +72,8 @@ class Trainer:
             (self.folder / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
             self.log = RunLog(self.folder, steps=config.run.steps, start_step=self.progress.step)
             self.log.say(
-                f"{config.optimizer.optimizer}: {self.model.parameter_count:,} parameters, {self.model.parallel} on "
-                f"{world.size} x {world.device.type}, {'bf16' if self.model.bf16 else 'fp32'}; output in {self.folder}"
+                f"{config.optimizer.optimizer}: {self.engine.parameter_count:,} parameters, {self.engine.parallel} on "
+                f"{world.size} x {world.device.type}, {'bf16' if self.engine.bf16 else 'fp32'}; output in {self.folder}"
             )
 
     def train(self) -> None:
@@ -91,9 +95,9 @@ class Trainer:
             is_last = progress.step + 1 == run.steps
             due = {name: is_last or (every > 0 and (progress.step + 1) % every == 0) for name, every in self._cycles()}
             lr = self.config.optimizer.lr * self.scheduler.lr_lambdas[0](progress.step)
-            window_loss += self.forward_backward(local_slice(self.data.take(run.batch_size), self.world))
-            grad_norm = self.clip_gradients()
-            step_seconds = self.optimizer_step()
+            sequences = local_slice(self.data.take(run.batch_size), self.world)
+            update = self.engine.update(sequences.split(self.micro_batch_size))
+            window_loss += update.loss
             self.scheduler.step()
             progress.step += 1
             progress.tokens += run.batch_size * self.config.data.seq_len
@@ -103,7 +107,7 @@ class Trainer:
             steps = progress.step - window_start
             loss = (self.world.sum(window_loss) / (self.world.size * steps)).item()
             self.check_finite(loss, steps)
-            norm = grad_norm.item()
+            norm = update.grad_norm.item()
             window_seconds = time.perf_counter() - window_time
             record: dict[str, Any] = {
                 "step": progress.step,
@@ -114,8 +118,8 @@ class Trainer:
                 "grad_norm": norm if math.isfinite(norm) else None,
                 "tokens_per_second": steps * run.batch_size * self.config.data.seq_len / window_seconds,
                 "elapsed_seconds": time.perf_counter() - started,
-                "optimizer_step_seconds": step_seconds,
-                "skipped_steps": int(getattr(self.optimizer, "skipped_steps", 0)),
+                "optimizer_step_seconds": update.seconds,
+                "skipped_steps": self.engine.skipped_steps,
             }
             progress.elapsed_seconds = record["elapsed_seconds"]
             if self.log:
@@ -132,37 +136,6 @@ class Trainer:
         run = self.config.run
         return [("log", run.log_every), ("eval", run.eval_every), ("save", run.save_every)]
 
-    def forward_backward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Gradients of this rank's sequences, averaged over ranks; returns the mean loss of this rank."""
-        parts = tokens.split(self.micro_batch_size)
-        total = torch.zeros((), device=self.world.device)
-        for index, part in enumerate(parts):
-            with self.model.accumulate(is_last=index + 1 == len(parts)):
-                loss = self.model.loss(part) / len(parts)
-                loss.backward()
-            total += loss.detach()
-        return total
-
-    def clip_gradients(self) -> torch.Tensor:
-        """The gradients' norm over all ranks, before it is clipped."""
-        limit = self.config.optimizer.clip or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(self.model.module.parameters(), limit)
-        return norm.full_tensor() if isinstance(norm, DTensor) else norm
-
-    def optimizer_step(self) -> float:
-        """Step and clear the gradients; seconds the step took."""
-        self.synchronize()
-        started = time.perf_counter()
-        self.optimizer.step()
-        self.synchronize()
-        seconds = time.perf_counter() - started
-        self.optimizer.zero_grad(set_to_none=True)
-        return seconds
-
-    def synchronize(self) -> None:
-        if self.world.device.type == "cuda":
-            torch.cuda.synchronize()
-
     def check_finite(self, loss: float, steps: int) -> None:
         if not math.isfinite(loss):
             raise FloatingPointError(
@@ -175,16 +148,16 @@ class Trainer:
     def validate(self) -> float:
         """Mean loss over all validation tokens, whatever the number of ranks."""
         total = torch.zeros(2, dtype=torch.float64, device=self.world.device)  # sum of losses, sequences
-        self.model.module.eval()
+        self.engine.module.eval()
         chunk = self.micro_batch_size * self.world.size
         for start in range(0, len(self.validation_data), chunk):
             rows = np.array(self.validation_data[start : start + chunk][self.world.dp_rank :: self.world.size])
             weight = len(rows)
             # A rank without rows takes part all the same: forward gathers the weights from all ranks.
             tokens = torch.from_numpy((rows if weight else self.validation_data[:1]).astype(np.int64))
-            loss = self.model.loss(tokens.to(self.world.device))
+            loss = self.engine.loss(tokens.to(self.world.device))
             total += torch.stack([loss.double() * weight, torch.tensor(weight, device=loss.device)])
-        self.model.module.train()
+        self.engine.module.train()
         loss_sum, count = self.world.sum(total).tolist()
         return loss_sum / count
 
@@ -197,6 +170,8 @@ class Trainer:
             "data": self.data.state_dict(),
             "tokenizer": self.tokenizer_fingerprint,
             "config": self.config.flat(),
+            "deepspeed": self.zero,
+            "ranks": self.world.size,
         }
         return self.checkpointer.save(self.progress.step, state)
 

@@ -23,7 +23,7 @@ HANG_LIMIT = 150.0
 _context = multiprocessing.get_context("forkserver")
 # Imported once, so that a rank starts in a moment; what is not installed is passed over.
 _context.set_forkserver_preload(
-    ["torch.distributed.fsdp", "torch.distributed.checkpoint", "models", "ldadam_dist", "launch.trainer"]
+    ["torch.distributed.fsdp", "torch.distributed.checkpoint", "models", "ldadam_dist", "launch.trainer", "deepspeed"]
 )
 
 

@@ -5,6 +5,7 @@ Importing this module makes "LDAdamW" an optimizer that DeepSpeed's JSON may nam
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import sys
 import weakref
@@ -104,6 +105,11 @@ def _from_json(model_parameters: Sequence[Any], **params: Any) -> LDAdamW:
     """
     engine = _engine_on_stack()
     refuse_unsupported(engine)
+    known = [*_GROUP_OPTIONS, *inspect.signature(LDAdamW).parameters]
+    for key in params.keys() - set(known) | params.keys() & {"params", "process_group", "unknown"}:
+        near = difflib.get_close_matches(key, known, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near and near[0] != key else "."
+        raise ValueError(f"optimizer.params of DeepSpeed's configuration has the unknown key {key!r}{hint}")
     options = {key: params.pop(key) for key in _GROUP_OPTIONS if key in params}
     groups = _build_groups(engine.module, model_parameters, options)
     shared = {key: options[key] for key in ("rank", "lr", "weight_decay", "proj_type") if key in options}

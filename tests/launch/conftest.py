@@ -1,5 +1,6 @@
 """A tiny corpus, a tiny Llama, and a way to run the trainer on several ranks with a hang limit."""
 
+import contextlib
 import json
 import os
 import random
@@ -80,10 +81,21 @@ def ranks() -> Callable[..., None]:
     return lambda size, *arguments: run_like_torchrun(size, main, [str(argument) for argument in arguments])
 
 
+@pytest.fixture(scope="session")
+def launched() -> Callable[..., None]:
+    """launch/pretrain.py by its users' commands: launched([launcher, ...], option, ...)."""
+    return run_launcher
+
+
 def run_torchrun(size: int, *arguments: object) -> None:
-    """launch/pretrain.py under torchrun; no process outlives the call."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
-    command += [str(REPOSITORY / "launch" / "pretrain.py"), *map(str, arguments)]
+    """launch/pretrain.py under torchrun."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
+    run_launcher(launcher, *arguments)
+
+
+def run_launcher(launcher: list[str], *arguments: object) -> None:
+    """launch/pretrain.py, started by a launcher; no process outlives the call."""
+    command = [*launcher, str(REPOSITORY / "launch" / "pretrain.py"), *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
@@ -91,12 +103,13 @@ def run_torchrun(size: int, *arguments: object) -> None:
     try:
         output, _ = process.communicate(timeout=HANG_LIMIT)
     finally:
-        # Ranks have sessions of their own: torchrun is asked to end them before it is ended itself.
+        # torchrun's ranks have sessions of their own: it is asked to end them before it is ended itself.
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=30)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+        # The deepspeed launcher ends and leaves its ranks, which are in its session.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
     assert process.returncode == 0, output

@@ -1,0 +1,178 @@
+"""What trains: a model and its optimizer, spread over the ranks by PyTorch, or by DeepSpeed (launch/zero.py)."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.distributed.checkpoint import load, save
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from transformers import LlamaForCausalLM
+
+from launch.config import Config, ModelOptions, expect
+from launch.distributed import World
+from launch.optim import build_optimizer
+
+
+class Update(NamedTuple):
+    """What became of one batch."""
+
+    loss: torch.Tensor
+    """Mean over this rank's sequences."""
+    grad_norm: torch.Tensor
+    """Over all ranks, before it is clipped; not finite in a step that was skipped."""
+    seconds: float
+    """Of the optimizer's step; DeepSpeed clips and gathers the weights in it."""
+
+
+class Engine(ABC):
+    """A model that computes and learns; subclasses say how it is spread.
+
+    Attributes:
+        module: computes the loss.
+        optimizer: its groups hold the learning rates that the next update takes.
+        parallel: how the model is spread, in a word.
+    """
+
+    module: nn.Module
+    optimizer: torch.optim.Optimizer
+    parallel: str
+    autocast = False
+
+    def __init__(self, model: LlamaForCausalLM, config: Config, world: World) -> None:
+        self.world = world
+        self.bf16 = uses_bf16(config.model, world)
+        self.parameter_count = sum(parameter.numel() for parameter in model.parameters())
+
+    def loss(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Mean cross-entropy of each token given those before it; tokens (sequences, seq_len)."""
+        with torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.autocast):
+            return self.module(input_ids=tokens, labels=tokens).loss
+
+    @abstractmethod
+    def update(self, micro_batches: Sequence[torch.Tensor]) -> Update:
+        """Train on this rank's share of a batch: gradients averaged over all of it, clipped, one optimizer step."""
+
+    @property
+    def skipped_steps(self) -> int:
+        return int(getattr(self.optimizer, "skipped_steps", 0))
+
+    @abstractmethod
+    def save(self, folder: Path) -> None:
+        """Write model and optimizer; every rank takes part."""
+
+    @abstractmethod
+    def load(self, folder: Path) -> None:
+        """Read what `save` wrote."""
+
+    def seconds(self, function: Callable[[], Any]) -> float:
+        """How long a call takes on the device."""
+        self._synchronize()
+        started = time.perf_counter()
+        function()
+        self._synchronize()
+        return time.perf_counter() - started
+
+    def _synchronize(self) -> None:
+        if self.world.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+class TorchEngine(Engine):
+    """FSDP2, DDP or one device; its checkpoints load on any number of ranks."""
+
+    def __init__(self, model: LlamaForCausalLM, config: Config, world: World) -> None:
+        super().__init__(model, config, world)
+        self.parallel = resolve_parallel(config.model, world)
+        self.autocast = self.bf16 and self.parallel != "fsdp"  # under FSDP2 the mixed-precision policy does it
+        self.module = self._spread(model)
+        self.module.train()
+        self.optimizer = build_optimizer(self.module, config.optimizer)
+        self.clip = config.optimizer.clip or math.inf
+
+    def _spread(self, model: LlamaForCausalLM) -> nn.Module:
+        device = self.world.device
+        if self.parallel == "fsdp":
+            mesh = init_device_mesh(device.type, (self.world.size,), mesh_dim_names=("fsdp",))
+            dtype = torch.bfloat16 if self.bf16 else torch.float32
+            policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+            for layer in model.model.layers:
+                fully_shard(layer, mesh=mesh, mp_policy=policy)
+            return fully_shard(model, mesh=mesh, mp_policy=policy)
+        model.to(device)
+        if self.parallel == "ddp":
+            return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+        return model
+
+    def update(self, micro_batches: Sequence[torch.Tensor]) -> Update:
+        total = torch.zeros((), device=self.world.device)
+        for index, tokens in enumerate(micro_batches, start=1):
+            with self._accumulate(is_last=index == len(micro_batches)):
+                loss = self.loss(tokens) / len(micro_batches)
+                loss.backward()
+            total += loss.detach()
+        norm = torch.nn.utils.clip_grad_norm_(self.module.parameters(), self.clip)
+        seconds = self.seconds(self.optimizer.step)
+        self.optimizer.zero_grad(set_to_none=True)
+        return Update(total, norm.full_tensor() if isinstance(norm, DTensor) else norm, seconds)
+
+    def _accumulate(self, is_last: bool) -> contextlib.AbstractContextManager[None]:
+        """Around forward and backward of one micro-batch: ranks exchange gradients with the last one only."""
+        if isinstance(self.module, FSDPModule):
+            self.module.set_requires_gradient_sync(is_last)
+        elif isinstance(self.module, DistributedDataParallel) and not is_last:
+            return self.module.no_sync()
+        return contextlib.nullcontext()
+
+    def save(self, folder: Path) -> None:
+        with quiet_dcp():
+            save(self._state(), checkpoint_id=folder)
+
+    def load(self, folder: Path) -> None:
+        state = self._state()
+        with quiet_dcp():
+            load(state, checkpoint_id=folder)
+        set_state_dict(
+            self.module, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
+        )
+
+    def _state(self) -> dict[str, Any]:
+        model, optimizer = get_state_dict(self.module, self.optimizer)
+        return {"model": model, "optimizer": optimizer}
+
+
+def uses_bf16(options: ModelOptions, world: World) -> bool:
+    return options.precision == "bf16" or (options.precision == "auto" and world.device.type == "cuda")
+
+
+def resolve_parallel(options: ModelOptions, world: World) -> str:
+    if options.parallel == "auto":
+        return "fsdp" if world.is_distributed else "none"
+    if options.parallel == "none":
+        expect(world.size == 1, f"parallel=none is one process, found {world.size}: use fsdp or ddp")
+    else:
+        expect(
+            world.is_distributed,
+            f"parallel={options.parallel} needs a process group: start with torchrun --standalone --nproc-per-node N",
+        )
+    return options.parallel
+
+
+@contextlib.contextmanager
+def quiet_dcp() -> Iterator[None]:
+    """Without DCP's warning that one process without a process group saves alone, as it should."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield

@@ -1,0 +1,203 @@
+"""launch/pretrain.py under DeepSpeed: every shipped JSON on two ranks, its launcher, resuming, and what is refused."""
+
+import functools
+import itertools
+import json
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from distributed import run_like_torchrun
+from test_pretrain import assert_same_curves, interrupted
+
+from launch.config import REPOSITORY, ConfigError, parse_config
+from launch.distributed import World
+from launch.pretrain import main as pretrain
+from launch.runlog import read_log
+from launch.zero import ZeroEngine, leaves, zero_settings
+
+pytest.importorskip("deepspeed")
+
+FOLDER = REPOSITORY / "configs" / "deepspeed"
+SHIPPED = sorted(path.stem for path in FOLDER.glob("*.json"))
+TWO_RANKS = World(dp_rank=0, size=2, local_rank=0, device=torch.device("cpu"))
+
+Run = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def run(tiny_config: Path, tmp_path_factory: pytest.TempPathFactory, ranks: Callable[..., None]) -> Run:
+    """The folder of a run of the tiny configuration on two ranks under DeepSpeed; each takes place once."""
+    done: dict[tuple[str, ...], Path] = {}
+
+    def run(*options: str) -> Path:
+        if options not in done:
+            folder = tmp_path_factory.mktemp("run") / "run"
+            ranks(2, "--config", tiny_config, "--output_dir", folder, *options)
+            done[options] = folder
+        return done[options]
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_config: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a run with an optimizer, of one process and without DeepSpeed."""
+
+    @functools.cache
+    def plain(optimizer: str) -> Path:
+        folder = tmp_path_factory.mktemp("plain") / optimizer
+        assert pretrain(["--config", str(tiny_config), "--optimizer", optimizer, "--output_dir", str(folder)]) == 0
+        return folder
+
+    return plain
+
+
+def under(name: str) -> tuple[str, str]:
+    return "--deepspeed", str(FOLDER / f"{name}.json")
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_trains_like_one_process_without_deepspeed(name: str, run: Run, plain: Run) -> None:
+    assert_same_curves(read_log(run(*under(name))), read_log(plain("ldadamw")), relative=2e-5)
+
+
+def test_accumulates_and_recomputes(run: Run, plain: Run, tmp_path: Path) -> None:
+    """Under ZeRO-3 that gathers every weight when it is needed; so small ones stay, if the shipped JSON decides."""
+    settings = json.loads((FOLDER / "zero3.json").read_text())
+    settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    (tmp_path / "zero3.json").write_text(json.dumps(settings))
+    options = ("--micro_batch_size", "2", "--activation_checkpointing", "true")
+    found = run("--deepspeed", str(tmp_path / "zero3.json"), *options)
+    assert_same_curves(read_log(found), read_log(plain("ldadamw")), relative=2e-5)
+
+
+def test_bfloat16_stays_close(run: Run, plain: Run) -> None:
+    assert_same_curves(read_log(run(*under("zero2"), "--precision", "bf16")), read_log(plain("ldadamw")), relative=2e-2)
+
+
+def test_under_the_deepspeed_launcher(
+    plain: Run, tiny_config: Path, tmp_path: Path, launched: Callable[..., None]
+) -> None:
+    (tmp_path / "hostfile").write_text("localhost slots=2\n")
+    with socket.create_server(("localhost", 0)) as server:  # the launcher does not choose a free port by itself
+        port = server.getsockname()[1]
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", str(port)]
+    # One host of a hostfile, as on a cluster whose scheduler starts the launcher on every host.
+    hosts = ["--hostfile", str(tmp_path / "hostfile"), "--no_ssh", "--node_rank", "0", "--master_addr", "localhost"]
+    launched([*launcher, *hosts], "--config", tiny_config, "--output_dir", tmp_path / "run", *under("zero2"))
+    assert_same_curves(read_log(tmp_path / "run"), read_log(plain("ldadamw")), relative=2e-5)
+
+
+def test_alone_and_with_adamw(plain: Run, tiny_config: Path, tmp_path: Path, launched: Callable[..., None]) -> None:
+    options = ["--config", tiny_config, "--output_dir", tmp_path / "run", "--optimizer", "adamw"]
+    launched([sys.executable], *options, *under("zero1"))
+    assert_same_curves(read_log(tmp_path / "run"), read_log(plain("adamw")), relative=2e-5)
+
+
+def with_a_bad_gradient(arguments: list[str]) -> int:
+    """The program, but for a gradient that is not finite: on the last rank, in its third step."""
+    finite, steps = ZeroEngine.loss, itertools.count(1)
+
+    def loss(engine: ZeroEngine, tokens: torch.Tensor) -> torch.Tensor:
+        value = finite(engine, tokens)
+        if value.requires_grad and next(steps) == 3 and engine.world.dp_rank == engine.world.size - 1:
+            value.register_hook(lambda grad: grad * float("inf"))
+        return value
+
+    ZeroEngine.loss = loss  # type: ignore[method-assign]
+    return pretrain(arguments)
+
+
+def test_a_gradient_that_is_not_finite_is_skipped_and_counted(tiny_config: Path, tmp_path: Path) -> None:
+    options = ["--config", str(tiny_config), "--output_dir", str(tmp_path / "run"), "--steps", "5"]
+    run_like_torchrun(2, with_a_bad_gradient, [*options, *under("zero1")])
+    records = read_log(tmp_path / "run")
+    assert [record["skipped_steps"] for record in records] == [0, 0, 1, 1, 1]
+    assert [record["grad_norm"] is None for record in records] == [False, False, True, False, False]
+
+
+@pytest.mark.parametrize("name", ["zero2", "zero3_offload"])
+def test_resumed_goes_on_exactly(name: str, run: Run, tiny_config: Path, tmp_path: Path, ranks: Callable) -> None:
+    whole = run(*under(name))
+    folder = interrupted(whole, tmp_path / "run")
+    ranks(2, "--config", tiny_config, "--output_dir", folder, *under(name), "--resume", "latest")
+    assert_same_curves(read_log(folder), read_log(whole), relative=0)
+
+
+def test_resuming_under_another_configuration_is_refused(
+    run: Run, plain: Run, tiny_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before DeepSpeed starts, so in this process."""
+    saved = run(*under("zero2")) / "checkpoints" / "step_000006"
+    torch_saved = plain("ldadamw") / "checkpoints" / "step_000006"
+    refused = {
+        (saved, *under("zero2")): "ranks=1 (was 2)",
+        (saved, *under("zero3")): "zero_optimization.stage=3 (was 2)",
+        (saved,): "give --deepspeed",
+        (torch_saved, *under("zero2")): "remove --deepspeed",
+    }
+    for (checkpoint, *options), named in refused.items():
+        given = ["--config", str(tiny_config), "--output_dir", str(tmp_path / "run"), "--resume", str(checkpoint)]
+        assert pretrain([*given, *options]) == 2
+        assert named in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("optimizer", ["ldadamw", "adamw"])
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_auto_is_filled_in(name: str, optimizer: str) -> None:
+    options = ["--batch_size", "8", "--micro_batch_size", "2", "--rank", "5", "--clip", "0.5"]
+    config = parse_config([*under(name), *options, "--optimizer", optimizer])
+    found = dict(leaves(zero_settings(config, TWO_RANKS, 2)))
+    expected = {"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 2, "gradient_clipping": 0.5}
+    assert found.items() >= {**expected, "bf16.enabled": False}.items()
+    assert found.get("optimizer.params.rank") == (5 if optimizer == "ldadamw" else None)
+    assert "auto" not in found.values()
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"train_batch_size": 32}, "train_batch_size=32, but the run needs 16 (batch_size=16"),
+        ({"gradient_accumulation_steps": 4}, "gradient_accumulation_steps=4, but the run needs 1"),
+        ({"gradient_clipping": 0.5}, "gradient_clipping=0.5, but the run needs 1.0 (clip=1.0)"),
+        ({"bf16": {"enabled": True}}, "bf16.enabled=True, but the run needs False (precision=auto on cpu)"),
+        ({"fp16": {"enabled": True}}, "fp16.enabled=True"),
+        ({"bf16": True}, "bf16 is True: expected a section"),
+        ({"optimizer": {"type": "Muon"}}, "optimizer.type='Muon', but the run has optimizer=ldadamw: expected LDAdamW"),
+        ({"optimizer": {"params": {"rank": 8}}}, "optimizer.params.rank=8, but the run needs 16 (rank=16)"),
+        ({"optimizer": {"params": {"betas": [0.9, 0.95]}}}, "optimizer.params.betas=[0.9, 0.95], but"),
+        ({"zero_optimization": {"stage": 0}}, "zero_optimization.stage=0: expected 1, 2 or 3"),
+        ({"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}}, "zero_optimization.reduce_bucket_size"),
+        ({"scheduler": {"type": "WarmupLR"}}, "scheduler"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(changed: dict[str, Any], named: str, tmp_path: Path) -> None:
+    path = tmp_path / "zero.json"
+    path.write_text(json.dumps({**json.loads((FOLDER / "zero2.json").read_text()), **changed}))
+    with pytest.raises(ConfigError) as refused:
+        zero_settings(parse_config(["--deepspeed", str(path)]), TWO_RANKS, 8)
+    assert named in str(refused.value)
+
+
+def test_files_that_cannot_be_read_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "broken.json").write_text("{")
+    with pytest.raises(ConfigError, match="is not JSON"):
+        zero_settings(parse_config(["--deepspeed", str(tmp_path / "broken.json")]), TWO_RANKS, 8)
+    refused = {
+        ("--deepspeed", str(tmp_path / "none.json")): "no such file",
+        (*under("zero2"), "--parallel", "ddp"): "parallel=ddp and deepspeed=",
+    }
+    for arguments, named in refused.items():
+        with pytest.raises(SystemExit):
+            parse_config(arguments)
+        assert named in capsys.readouterr().err
+
+
+def test_what_the_launcher_adds_is_no_option() -> None:
+    assert parse_config(["--local_rank=1", "--lr", "0.5"]) == parse_config(["--lr", "0.5"])
+    assert "local_rank" not in parse_config(["--local_rank=1"]).flat()
