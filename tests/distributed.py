@@ -23,23 +23,27 @@ HANG_LIMIT = 150.0
 _context = multiprocessing.get_context("forkserver")
 # Imported once, so that a rank starts in a moment; what is not installed is passed over.
 _context.set_forkserver_preload(
-    ["torch.distributed.fsdp", "torch.distributed.checkpoint", "models", "ldadam_dist", "launch.trainer", "deepspeed"]
+    ["torch.distributed.fsdp", "torch.distributed.checkpoint", "models", "ldadam_dist", "launch.trainer"]
+    + ([] if torch.cuda.is_available() else ["deepspeed"])  # which looks for GPUs, and CUDA does not survive a fork
 )
 
 
-def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout: float = HANG_LIMIT) -> list[Any]:
-    """Call `function(*args)` on `world_size` ranks of one gloo group and return what each returned.
+def run_ranks(
+    world_size: int, function: Callable[..., Any], *args: Any, timeout: float = HANG_LIMIT, backend: str = "gloo"
+) -> list[Any]:
+    """Call `function(*args)` on `world_size` ranks of one group and return what each returned.
 
     Args:
         world_size: number of processes.
         function: a module-level function.
         args: picklable arguments.
         timeout: hang limit in seconds, for collectives too.
+        backend: of the group.
     Raises:
         AssertionError: a rank raised (with its traceback), died or hung.
     """
     with tempfile.TemporaryDirectory() as folder:
-        codes = _run(world_size, _rank, (folder, timeout, function, args), timeout)
+        codes = _run(world_size, _rank, (folder, timeout, backend, function, args), timeout)
         errors = "\n".join(path.read_text() for path in sorted(Path(folder).glob("error-*")))
         assert not errors, errors
         assert codes == [0] * world_size, f"exit codes of the ranks (None: running after {timeout:.0f} s): {codes}"
@@ -96,10 +100,12 @@ def _run(world_size: int, target: Callable[..., None], args: tuple[Any, ...], ti
             process.join()
 
 
-def _rank(rank: int, world_size: int, folder: str, timeout: float, function: Callable[..., Any], args: Any) -> None:
+def _rank(
+    rank: int, world_size: int, folder: str, timeout: float, backend: str, function: Callable[..., Any], args: Any
+) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store", world_size)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout))
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout))
     try:
         torch.save(function(*args), f"{folder}/result-{rank}")
         dist.barrier()

@@ -98,7 +98,7 @@ def ways_in(stage: str) -> dict[str, Weights]:
     return {name: trained(run, way) for name, way in ways.items()}
 
 
-@pytest.mark.parametrize("stage", ["2", "3"])
+@pytest.mark.parametrize("stage", ["2", pytest.param("3", marks=pytest.mark.slow)])
 def test_all_ways_in_do_the_same(stage: str) -> None:
     for found in run_ranks(2, ways_in, stage):
         expected = found.pop("json")

@@ -25,6 +25,11 @@ MODELS: dict[str, tuple[Callable[..., nn.Module], Callable[..., Tensor], Callabl
 }
 PARAMS = {"lr": 1e-2, "weight_decay": 0.1, "rank": 2}
 
+PRECISION: dict[torch.dtype, dict[str, Any]] = {
+    torch.bfloat16: {"bf16": {"enabled": True}},
+    torch.float16: {"fp16": {"enabled": True, "initial_scale_power": 24, "hysteresis": 1}},  # the first steps overflow
+}
+
 Pieces = dict[str, tuple[int, Tensor]]
 """By parameter: the first of the elements that a rank has, and those."""
 
@@ -55,7 +60,7 @@ class Run:
             "steps_per_print": 10**9,
             "zero_optimization": zero,
             "optimizer": {"type": "LDAdamW", "params": {**PARAMS, **self.params}},
-            **({"bf16": {"enabled": True}} if self.dtype == torch.bfloat16 else {}),
+            **PRECISION.get(self.dtype, {}),
             **self.config,
         }
 
@@ -105,7 +110,7 @@ def engine_of(run: Run, **arguments: Any) -> Iterator[tuple[Any, nn.Module]]:
 def train_step(run: Run, engine: Any, step: int) -> None:
     """One update on this rank's part of the batch, in as many micro-batches as the configuration says."""
     _, loss_of, data = MODELS[run.model]
-    batch = data(step)
+    batch = data(step).to(engine.device)
     batch = batch.to(run.dtype) if batch.is_floating_point() else batch
     mine = batch.chunk(dist.get_world_size())[dist.get_rank()]
     for part in mine.chunk(engine.gradient_accumulation_steps()):
@@ -140,7 +145,7 @@ class Watch:
 def _pieces(partition: Any, flat: Tensor) -> Iterator[tuple[str, tuple[int, Tensor]]]:
     for param in partition.params:
         run = param.elements
-        yield param.name, (run.starts[run.index], flat[run.offset :][: run.length].clone())
+        yield param.name, (run.starts[run.index], flat[run.offset :][: run.length].clone().cpu())
 
 
 def train(run: Run) -> dict[str, Any]:
@@ -155,6 +160,7 @@ def train(run: Run) -> dict[str, Any]:
             train_step(run, engine, step)
             found["weights"].append(watch.weights())
             found["grads"].append(watch.take_grads())
+        found["skipped"] = engine.skipped_steps
         found["state"] = {name: state for flat in optimizer.state.values() for name, state in flat.items()}
         found["placement"] = optimizer.placement()
         found["shapes"] = {param.name: param.shape for p in watch.partitions for param in p.params}
@@ -168,7 +174,7 @@ def whole_model(engine: Any, model: nn.Module) -> dict[str, Tensor]:
 
     params = list(model.parameters()) if engine.zero_optimization_stage() == 3 else []
     with deepspeed.zero.GatheredParameters(params):
-        return {name: param.detach().clone() for name, param in model.named_parameters()}
+        return {name: param.detach().clone().cpu() for name, param in model.named_parameters()}
 
 
 def assembled(pieces: list[Pieces], shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:

@@ -80,6 +80,7 @@ def test_bfloat16_stays_close(run: Run, plain: Run) -> None:
     assert_same_curves(read_log(run(*under("zero2"), "--precision", "bf16")), read_log(plain("ldadamw")), relative=2e-2)
 
 
+@pytest.mark.slow
 def test_under_the_deepspeed_launcher(
     plain: Run, tiny_config: Path, tmp_path: Path, launched: Callable[..., None]
 ) -> None:
@@ -93,6 +94,7 @@ def test_under_the_deepspeed_launcher(
     assert_same_curves(read_log(tmp_path / "run"), read_log(plain("ldadamw")), relative=2e-5)
 
 
+@pytest.mark.slow
 def test_alone_and_with_adamw(plain: Run, tiny_config: Path, tmp_path: Path, launched: Callable[..., None]) -> None:
     options = ["--config", tiny_config, "--output_dir", tmp_path / "run", "--optimizer", "adamw"]
     launched([sys.executable], *options, *under("zero1"))
