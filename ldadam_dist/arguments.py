@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -243,14 +243,14 @@ def check_partition(saved: Mapping[str, Any], names: Sequence[str]) -> None:
         )
 
 
-def check_not_flattened(param: Tensor, shapes: Set[tuple[int, ...]]) -> None:
+def check_not_flattened(param: Tensor, given: bool) -> None:
     """Raise RuntimeError if an engine has put a flat tensor in the place of parameters, and did not say so.
 
     Args:
         param: what is to be stepped.
-        shapes: those of the parameters that the optimizer was given.
+        given: whether the optimizer was given this very tensor.
     """
-    if param.ndim == 1 and global_shape(param) not in shapes:
+    if param.ndim == 1 and not given and not hasattr(param, "device_mesh"):  # DTensors are put there by FSDP2
         raise RuntimeError(
             f"LDAdamW was given a flat tensor of {param.numel()} elements to step in the place of its parameters, as "
             f"DeepSpeed's ZeRO makes them, and cannot see its matrices. Call "

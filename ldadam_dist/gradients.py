@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -11,11 +12,16 @@ from ldadam_dist.entries import MISSING, NONZERO, UNUSABLE, ZERO, Entry, groups_
 from ldadam_dist.runtime import agree
 
 
+def largest_gradient(dtype: torch.dtype) -> float:
+    """What every element of a matrix's gradient must stay below: the power iteration multiplies by it twice."""
+    return 1e150 if dtype == torch.float64 else 1e15
+
+
 def inspect_gradients(entries: Sequence[Entry]) -> bool:
     """Read all gradients and set each entry's statuses. Returns whether any rank has an unusable one.
 
-    Unusable is what is not finite and, in a matrix that is projected, what overflows when it is squared: the power
-    iteration multiplies by the gradient twice. A gradient that only some ranks have is zero on the others.
+    Unusable is what is not finite and, in a matrix that is projected, what overflows when it is squared. A gradient
+    that only some ranks have is zero on the others.
 
     Raises:
         RuntimeError: a gradient must be redistributed, and a rank does not have it so; raised on all ranks.
@@ -99,11 +105,5 @@ def _read(entries: Sequence[Entry]) -> None:
             largest = list(torch._foreach_norm(grads, float("inf")))
         values = torch.stack([value.double() for value in largest]).tolist()
         for (entry, slot, _), value in zip(some, values, strict=True):
-            usable = value < _limit(entry)  # false for NaN
+            usable = value < (largest_gradient(entry.param.dtype) if entry.matrices else math.inf)  # false for NaN
             entry.statuses[slot] = UNUSABLE if not usable else NONZERO if value else ZERO
-
-
-def _limit(entry: Entry) -> float:
-    if entry.matrices is None:
-        return float("inf")
-    return 1e150 if entry.param.dtype == torch.float64 else 1e15

@@ -24,12 +24,13 @@ EXACT_INIT_SIZE = 256
 this, and from a randomised subspace iteration if it is larger."""
 
 
-def plan_windows(entries: Sequence[Entry], window: int) -> list[list[Unit]]:
+def plan_windows(entries: Sequence[Entry], window: int, turn: int = 0) -> list[list[Unit]]:
     """What is stepped together, by whom and how; from metadata alone, so the same on every rank.
 
     Args:
         entries: all parameters that are projected.
         window: elements in flight together.
+        turn: see `plan.assign_owners`.
     """
     matrices = []
     for entry in entries:
@@ -38,7 +39,7 @@ def plan_windows(entries: Sequence[Entry], window: int) -> list[list[Unit]]:
             layout, group["communication"], window, group["proj_method"], group["error_feedback"]
         )
         matrices.append((layout, entry.most_held, how))
-    return make_plan(matrices, window)
+    return make_plan(matrices, window, turn)
 
 
 def step_matrices(entries: Sequence[Entry], windows: Sequence[Sequence[Unit]]) -> None:

@@ -141,7 +141,7 @@ class LDAdamW(Optimizer):
         if not hasattr(self, "_adapters"):
             self._process_group = None
             self._forget()
-            self._shapes.update(global_shape(param) for group in self.param_groups for param in group["params"])
+            self._given.update(id(param) for group in self.param_groups for param in group["params"])
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
@@ -151,7 +151,7 @@ class LDAdamW(Optimizer):
         self._adapters: dict[Any, Adapter] = {}
         self._plans: dict[tuple[int, ...], tuple[Any, list[list[Unit]]]] = {}
         self._agreed: set[tuple[int, ...]] = set()
-        self._shapes: set[tuple[int, ...]] = set()
+        self._given: set[int] = set()
         self._partitions: Partitions | None = None
         self._find_partitions: Callable[[], Any] | None = None
 
@@ -174,7 +174,7 @@ class LDAdamW(Optimizer):
             arguments.check_params(named, group, required)
             for name, param in named:
                 self._adapter(param, name, group["flatten"]).check(param, name)
-                self._shapes.add(global_shape(param))
+                self._given.add(id(param))
         except Exception:
             self.param_groups.pop()
             raise
@@ -216,7 +216,7 @@ class LDAdamW(Optimizer):
             init_state(entry)
 
         if unusable:
-            if not overflowed or self._partitions is None or self._partitions.is_first(entries[0].param):
+            if not overflowed or self._partitions is None or self._partitions.number(entries[0].param) == 0:
                 self._skip([entry.name for entry in entries if entry.status == UNUSABLE])
             return loss
 
@@ -270,6 +270,7 @@ class LDAdamW(Optimizer):
         self._find_partitions = attach
 
     def attach_found(self) -> None:
+        """Call what `attach_when_needed` was given, if that has not happened yet."""
         if self._find_partitions is not None:
             self._find_partitions()
             self._find_partitions = None
@@ -324,8 +325,8 @@ class LDAdamW(Optimizer):
     def _entries(self, whole_engine: bool = False) -> Iterator[Entry]:
         """Trainable parameters; `whole_engine`: also those whose flat tensors an engine is not stepping just now."""
         if whole_engine and self._partitions is not None:
-            for param, index in self._partitions.tensors:
-                yield from self._partitions.entries(param, self.param_groups[index], self.state.get(param, {}))
+            for param, group in self._partitions.with_groups(self.param_groups):
+                yield from self._partitions.entries(param, group, self.state.get(param, {}))
             return
         for param, entries in self._entries_by_param():
             if param.requires_grad:
@@ -338,7 +339,7 @@ class LDAdamW(Optimizer):
                 if self._partitions is not None and param in self._partitions:
                     yield param, list(self._partitions.entries(param, group, state))
                     continue
-                arguments.check_not_flattened(param, self._shapes)
+                arguments.check_not_flattened(param, id(param) in self._given)
                 shape, flatten = global_shape(param), group["flatten"]
                 low_rank = is_low_rank(shape, group["rank"], group["enable_lowrank"], flatten)
                 matrices = matrices_of(shape, flatten) if low_rank else None
@@ -372,7 +373,9 @@ class LDAdamW(Optimizer):
         made_of = tuple((e.adapter, e.matrices, *(e.group[key] for key in keys)) for e in entries)
         tensors = tuple(dict.fromkeys(id(entry.param) for entry in entries))
         if tensors not in self._plans or self._plans[tensors][0] != made_of:
-            self._plans[tensors] = made_of, plan_windows(entries, self._window)
+            # Parts that are planned by themselves begin with another owner each, or the first would have most matrices.
+            turn = self._partitions.number(entries[0].param) if self._partitions is not None and entries else 0
+            self._plans[tensors] = made_of, plan_windows(entries, self._window, turn)
         return self._plans[tensors][1]
 
 

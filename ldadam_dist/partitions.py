@@ -70,6 +70,8 @@ class Partitions:
         overflowed: Callable[[], bool],
     ) -> None:
         self._partitions, self.overflowed = tuple(partitions), overflowed
+        self._number_of_groups = len(param_groups)
+        self._settings = {p.tensor: _fixed(param_groups[p.group_index]) for p in partitions}
         self._entries = {
             partition.tensor: list(_entries_of(partition, param_groups[partition.group_index]))
             for partition in partitions
@@ -82,14 +84,20 @@ class Partitions:
     def __contains__(self, tensor: Tensor) -> bool:
         return tensor in self._entries
 
-    @property
-    def tensors(self) -> list[tuple[Tensor, int]]:
-        """Each flat tensor with the number of its group."""
-        return [(partition.tensor, partition.group_index) for partition in self._partitions]
+    def number(self, tensor: Tensor) -> int:
+        """Number of a flat tensor in the order in which the engine steps them."""
+        return next(i for i, partition in enumerate(self._partitions) if partition.tensor is tensor)
 
-    def is_first(self, tensor: Tensor) -> bool:
-        """Whether it is the first that a step of the engine steps."""
-        return tensor is self._partitions[0].tensor
+    def with_groups(self, param_groups: Sequence[dict[str, Any]]) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+        """Each flat tensor with its group.
+
+        Raises:
+            RuntimeError: the engine is stepping one group by itself just now.
+        """
+        if len(param_groups) != self._number_of_groups:
+            raise RuntimeError("the engine is stepping one parameter group now, and shows no other. Ask between steps.")
+        for partition in self._partitions:
+            yield partition.tensor, param_groups[partition.group_index]
 
     def entries(self, tensor: Tensor, group: dict[str, Any], state: Mapping[str, Any]) -> Iterator[Entry]:
         """What is stepped of a flat tensor, whether or not any of it lies on this process.
@@ -98,13 +106,21 @@ class Partitions:
             tensor: the flat tensor.
             group: its parameter group.
             state: its state, by name of what is stepped.
+        Raises:
+            ValueError: settings of the group were changed that are fixed since the engine was attached.
         """
-        for name, shape, adapter in self._entries[tensor]:
-            low_rank = adapter.is_matrix and is_low_rank(
-                shape, group["rank"], group["enable_lowrank"], group["flatten"]
+        if _fixed(group) != self._settings[tensor]:  # on all processes, unlike a state that shows it
+            raise ValueError(
+                f"a parameter group now has {_fixed(group)}, it had {self._settings[tensor]} when the engine was "
+                f"attached, which fixes these. Build a new optimizer."
             )
-            matrices = matrices_of(shape, group["flatten"]) if low_rank else None
+        for name, shape, adapter in self._entries[tensor]:
+            matrices = matrices_of(shape, group["flatten"]) if adapter.is_matrix else None
             yield Entry(name, tensor, group, adapter, matrices, shape, state.get(name, {}))
+
+
+def _fixed(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: group[key] for key in ("rank", "proj_type", "enable_lowrank", "flatten")}
 
 
 def _entries_of(

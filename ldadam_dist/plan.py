@@ -35,7 +35,9 @@ class Unit:
     owner: int
 
 
-def make_plan(matrices: Sequence[tuple[MatrixLayout, int, Communication]], window: int) -> list[list[Unit]]:
+def make_plan(
+    matrices: Sequence[tuple[MatrixLayout, int, Communication]], window: int, turn: int = 0
+) -> list[list[Unit]]:
     """Windows of units, to be stepped one window after the other.
 
     Args:
@@ -43,17 +45,19 @@ def make_plan(matrices: Sequence[tuple[MatrixLayout, int, Communication]], windo
             stepped.
         window: elements in flight together: of weights and factors on a rank, and of the matrices gathered on it. A
             window has at least one unit.
+        turn: see `assign_owners`.
     """
     slots = [(e, s, layout, how) for e, (layout, count, how) in enumerate(matrices) for s in range(count)]
-    owners = assign_owners([(layout, how) for _, _, layout, how in slots])
+    owners = assign_owners([(layout, how) for _, _, layout, how in slots], turn)
     units = [Unit(*slot, owner) for slot, owner in zip(slots, owners, strict=True)]
     return list(_windows(units, window))
 
 
-def assign_owners(matrices: Sequence[tuple[MatrixLayout, Communication]]) -> list[int]:
+def assign_owners(matrices: Sequence[tuple[MatrixLayout, Communication]], turn: int = 0) -> list[int]:
     """For each matrix the number, among the processes that share it, of the one that owns it.
 
-    The heaviest matrix goes first, each to the process with the least work so far.
+    The heaviest matrix goes first, each to the process with the least work so far; of several that have as little, to
+    the first from number `turn` on.
     """
     load: dict[Hashable, list[int]] = {}
     owners = [0] * len(matrices)
@@ -61,7 +65,8 @@ def assign_owners(matrices: Sequence[tuple[MatrixLayout, Communication]]) -> lis
     for i in sorted(range(len(matrices)), key=lambda i: -work[i]):
         layout = matrices[i][0]
         so_far = load.setdefault((layout.over_m.group, layout.over_n.group), [0] * layout.processes)
-        owners[i] = so_far.index(min(so_far))
+        count = layout.processes
+        owners[i] = min(range(count), key=lambda p: (so_far[p], (p - turn) % count))
         so_far[owners[i]] += work[i]
     return owners
 

@@ -179,6 +179,43 @@ def test_flat_tensors_that_nobody_explained_are_refused(attached: tuple[LDAdamW,
     assert torch.equal(partition.tensor, before)
 
 
+def test_a_flat_tensor_may_be_as_long_as_a_vector(fake_world: Callable[..., None]) -> None:
+    """A 12 × 12 matrix makes a flat tensor of 144 elements, and there is a parameter of as many."""
+    fake_world(1, 0)
+    optimizer = LDAdamW([nn.Parameter(torch.zeros(12, 12)), nn.Parameter(torch.zeros(144))], rank=R)
+    optimizer.param_groups[0]["params"] = [nn.Parameter(torch.zeros(144))]
+    with pytest.raises(RuntimeError, match="a flat tensor of 144 elements"):
+        optimizer.step()
+
+
+def test_settings_are_fixed_by_attaching(attached: tuple[LDAdamW, FlatPartition]) -> None:
+    """On every rank alike, also on those that hold no state which could tell."""
+    optimizer, partition = attached
+    optimizer.param_groups[0]["rank"] = 4
+    with pytest.raises(ValueError, match=r"now has {'rank': 4, .* it had {'rank': 8, .*Build a new optimizer"):
+        step(optimizer, partition)
+
+
+def test_placement_needs_all_groups(attached: tuple[LDAdamW, FlatPartition]) -> None:
+    """ZeRO-1 and 2 show a single group while they step it."""
+    optimizer, _ = attached
+    groups, optimizer.param_groups = optimizer.param_groups, []
+    with pytest.raises(RuntimeError, match="Ask between steps"):
+        optimizer.placement()
+    optimizer.param_groups = groups
+    assert len(optimizer.placement()) == 2
+
+
+def test_owners_take_turns_over_flat_tensors(fake_world: Callable[..., None]) -> None:
+    """As of ZeRO-3's sub-groups, each of which is planned by itself."""
+    fake_world(4)
+    parts = [flat({f"matrix {i}": (N, M)}, each=True) for i in range(6)]
+    optimizer = LDAdamW([nn.Parameter(torch.zeros(N, M))], rank=R)
+    optimizer.param_groups[0]["params"] = [part.tensor for part in parts]
+    optimizer.attach_partitions(parts)
+    assert [row.owners for row in optimizer.placement()] == [(i % 4,) for i in range(6)]
+
+
 def test_an_attached_optimizer_does_not_travel(attached: tuple[LDAdamW, FlatPartition]) -> None:
     with pytest.raises(RuntimeError, match="that DeepSpeed's engine steps cannot be copied"):
         copy.deepcopy(attached[0])

@@ -50,9 +50,13 @@ def runs(world_size: int) -> list[Run]:
                 "3 llama offload", "llama", {"stage": 3, **CPU, "offload_param": {"device": "cpu", "pin_memory": False}}
             ),
             Run("1 odd offload", "odd", {"stage": 1, **CPU}, dtype=BF16),
+            Run("2 experts", "experts", {"stage": 2}, params={"convolutions": True}),
+            Run("3 odd in init", "odd", {"stage": 3}, in_init=True),
+            *(Run(f"{stage} odd fp32 grads", "odd", {"stage": stage}, FP32_GRADS, dtype=BF16) for stage in (2, 3)),
+            Run("2 odd autocast", "odd", {"stage": 2}, {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}),
         ]
     if world_size == 3:
-        found += [Run("2 odd aligned", "odd", {"stage": 2, "parameter_alignment": True}, dtype=BF16)]
+        found += [Run(f"{s} odd aligned", "odd", {"stage": s, "parameter_alignment": True}, dtype=BF16) for s in (1, 2)]
         found += [Run(f"{stage} llama gather", "llama", {"stage": stage}, params=GATHER) for stage in (2, 3)]
     if world_size == 4:
         found += [

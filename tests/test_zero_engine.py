@@ -33,6 +33,18 @@ STAGES = {
         "bf16 optimizer", "llama", {"stage": 1}, {"data_types": {"grad_accum_dtype": "fp32"}}, dtype=BF16
     ),
 }
+UNCLIPPED = {
+    "2, too large": Run("", "llama", {"stage": 2}, {"gradient_clipping": 0.0}),
+    "3, too large": Run("", "llama", {"stage": 3, "sub_group_size": 500}, {"gradient_clipping": 0.0}),
+    "2 bf16, unchecked": Run(
+        "",
+        "llama",
+        {"stage": 2},
+        {"gradient_clipping": 0.0, "bf16": {"enabled": True, "check_grad_overflow": False}},
+        dtype=BF16,
+    ),
+}
+"""Gradients of 1e16 are finite, but too large to be squared; DeepSpeed steps them."""
 Weights = dict[str, Tensor]
 
 
@@ -110,7 +122,8 @@ def test_all_ways_in_do_the_same(stage: str) -> None:
 def semantics() -> dict[str, Any]:
     """Everything else that two ranks are needed for, in one set of processes."""
     found: dict[str, Any] = {"unattached": unattached(), "misplaced": misplaced(), "schedules": schedules()}
-    found["overflow"] = {stage: overflow(run) for stage, run in STAGES.items()}
+    found["overflow"] = {stage: overflow(run, torch.inf) for stage, run in STAGES.items()}
+    found["overflow"] |= {name: overflow(run, 1e16) for name, run in UNCLIPPED.items()}
     found["resumed"] = {stage: resumed(run) for stage, run in STAGES.items()}
     found["accumulated"] = {
         parts: trained(Run("", "llama", {"stage": stage}, {"gradient_accumulation_steps": count}), engine_from_json)
@@ -177,17 +190,20 @@ def test_parameters_elsewhere_than_expected_are_found_at_attach() -> None:
     zero, one = (found["misplaced"] for found in two_ranks())
     assert zero.keys() == one.keys() == {"2", "3", "bf16 optimizer"}
     for errors, which in ((zero, "on another rank"), (one, "of parameter model")):
-        assert all(f"the master weights {which}" in error and "0.19.8" in error for error in errors.values())
+        assert all(f"the master weights {which}" in error and "0.19.8" in error for error in errors.values()), errors
 
 
-def overflow(run: Run) -> dict[str, Any]:
-    """States and weights around a step in which the last gradient of one rank is infinite; then a good step."""
+def overflow(run: Run, value: float) -> dict[str, Any]:
+    """States and weights around a step in which one rank's gradient of a parameter is that large; then a good step."""
     with engine_of(run) as (engine, model):
         train_step(run, engine, 0)
         optimizer = engine.basic_optimizer
         before = snapshot(engine, model)
-        poison = next(iter(model.parameters()))  # the embedding: ZeRO-1 and 2 step its group after that of the matrices
-        handle = poison.register_hook(lambda grad: grad + torch.inf if dist.get_rank() == 1 else grad)
+        # ZeRO-1 and 2 step the embedding's group after that of the matrices, and before that of the norms.
+        poison = model.get_parameter(
+            "model.embed_tokens.weight" if value == torch.inf else "model.layers.0.mlp.up_proj.weight"
+        )
+        handle = poison.register_hook(lambda grad: grad + value if dist.get_rank() == 1 else grad)
         train_step(run, engine, 1)
         handle.remove()
         after, skipped = snapshot(engine, model), engine.skipped_steps + optimizer.skipped_steps
@@ -202,7 +218,7 @@ def snapshot(engine: Any, model: nn.Module) -> Weights:
     return found
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", [*STAGES, *UNCLIPPED])
 def test_an_overflow_changes_nothing(stage: str) -> None:
     for rank in two_ranks():
         found = rank["overflow"][stage]

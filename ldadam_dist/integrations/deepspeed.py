@@ -75,6 +75,8 @@ def attach(engine: Any) -> LDAdamW:
 
 
 def _attach(engine: Any) -> ZeroLayout:
+    if not isinstance(engine, DeepSpeedEngine):
+        raise ValueError(f"expected the engine that deepspeed.initialize returns first, found {type(engine).__name__}.")
     optimizer = getattr(engine, "basic_optimizer", None)
     if not isinstance(optimizer, LDAdamW):
         raise ValueError(

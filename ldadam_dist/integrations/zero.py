@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ldadam_dist.adapters.flat import FlatRange
+from ldadam_dist.gradients import largest_gradient
 from ldadam_dist.partitions import FlatParam, FlatPartition
 from ldadam_dist.runtime import agree
 
@@ -178,24 +179,34 @@ class ZeroLayout:
             found = agree(found, group, device)
         if found:
             which = f"of parameter {wrong[0]}" if wrong else "on another rank"
-            raise unknown_layout(f"the master weights {which} are not where they should be")
+            raise RuntimeError(
+                f"the master weights {which} are not the engine's weights. Either weights were changed after "
+                f"deepspeed.initialize: load them before it, or call engine.optimizer.refresh_fp32_params(). Or "
+                f"DeepSpeed {version('deepspeed')} lays out parameters otherwise than {', '.join(KNOWN_VERSIONS)}: "
+                f"install that."
+            )
+        self._weights.clear()
 
     def overflowed(self) -> bool:
-        """Whether this step's gradients are not finite, on any rank; asked at the beginning of every step.
+        """Whether a gradient of this step cannot be used, on any rank; asked at the beginning of every step.
 
-        The engine skips such a step itself, but for ZeRO-1 and 2 with bfloat16 unless bf16.check_grad_overflow is set.
-        It then steps group by group, though only one may be affected.
+        The engine steps group by group, so it must be known before the first. It skips a step with gradients that are
+        not finite itself, but for ZeRO-1 and 2 with bfloat16 where bf16.check_grad_overflow is off.
         """
         if not self._verified:
             self.verify()
         norm = self._zero._global_grad_norm
-        return norm is not None and not 0.0 <= float(norm) < math.inf
+        if norm is None:
+            return False
+        largest, clip = float(norm), self._zero.clip_grad  # no element is larger than the norm
+        if not 0.0 <= largest < math.inf:
+            return True
+        return (min(largest, clip) if clip > 0 else largest) >= largest_gradient(self.partitions[0].tensor.dtype)
 
 
 def unknown_layout(what: str) -> RuntimeError:
     """The error for an engine that is not as the known versions of DeepSpeed make it."""
     return RuntimeError(
         f"DeepSpeed {version('deepspeed')} does not lay out the parameters as expected: {what}. Known to work: "
-        f"{', '.join(KNOWN_VERSIONS)}. Install one of these, and do not change weights between deepspeed.initialize "
-        f"and the first step but by engine.load_checkpoint."
+        f"{', '.join(KNOWN_VERSIONS)}."
     )
