@@ -243,14 +243,14 @@ def check_partition(saved: Mapping[str, Any], names: Sequence[str]) -> None:
         )
 
 
-def check_not_flattened(param: Tensor, given: bool) -> None:
+def check_not_flattened(param: Tensor, same_shapes: bool) -> None:
     """Raise RuntimeError if an engine has put a flat tensor in the place of parameters, and did not say so.
 
     Args:
-        param: what is to be stepped.
-        given: whether the optimizer was given this very tensor.
+        param: what is to be stepped, and not what the optimizer was given.
+        same_shapes: whether the parameters of its group have the shapes that they were given with.
     """
-    if param.ndim == 1 and not given and not hasattr(param, "device_mesh"):  # DTensors are put there by FSDP2
+    if param.ndim == 1 and not same_shapes and not hasattr(param, "device_mesh"):  # DTensors are FSDP2's
         raise RuntimeError(
             f"LDAdamW was given a flat tensor of {param.numel()} elements to step in the place of its parameters, as "
             f"DeepSpeed's ZeRO makes them, and cannot see its matrices. Call "

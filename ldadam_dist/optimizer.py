@@ -141,10 +141,10 @@ class LDAdamW(Optimizer):
         if not hasattr(self, "_adapters"):
             self._process_group = None
             self._forget()
-            self._given.update(id(param) for group in self.param_groups for param in group["params"])
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
+            self._note(group)
 
     def _forget(self) -> None:
         """Start without what is found out about the parameters as they are stepped."""
@@ -152,8 +152,14 @@ class LDAdamW(Optimizer):
         self._plans: dict[tuple[int, ...], tuple[Any, list[list[Unit]]]] = {}
         self._agreed: set[tuple[int, ...]] = set()
         self._given: set[int] = set()
+        self._shapes: dict[int, list[tuple[int, ...]]] = {}
         self._partitions: Partitions | None = None
         self._find_partitions: Callable[[], Any] | None = None
+
+    def _note(self, group: dict[str, Any]) -> None:
+        """Remember what a group holds, to know later whether an engine has put a flat tensor there."""
+        self._given.update(map(id, group["params"]))
+        self._shapes[id(group)] = [global_shape(param) for param in group["params"]]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as `torch.optim.Optimizer.add_param_group`.
@@ -174,7 +180,7 @@ class LDAdamW(Optimizer):
             arguments.check_params(named, group, required)
             for name, param in named:
                 self._adapter(param, name, group["flatten"]).check(param, name)
-                self._given.add(id(param))
+            self._note(group)
         except Exception:
             self.param_groups.pop()
             raise
@@ -339,7 +345,12 @@ class LDAdamW(Optimizer):
                 if self._partitions is not None and param in self._partitions:
                     yield param, list(self._partitions.entries(param, group, state))
                     continue
-                arguments.check_not_flattened(param, id(param) in self._given)
+                if (
+                    id(param) not in self._given
+                ):  # accelerate puts others of the same shapes there, an engine a flat one
+                    same_shapes = self._shapes.get(id(group)) == [global_shape(p) for p in group["params"]]
+                    arguments.check_not_flattened(param, same_shapes)
+                    self._note(group)
                 shape, flatten = global_shape(param), group["flatten"]
                 low_rank = is_low_rank(shape, group["rank"], group["enable_lowrank"], flatten)
                 matrices = matrices_of(shape, flatten) if low_rank else None

@@ -184,8 +184,12 @@ def sharded(world_size: int) -> list[dict[str, History]]:
     return found
 
 
+def slow(world_size: int) -> list[pytest.MarkDecorator]:
+    return [pytest.mark.slow] if world_size > 3 else []
+
+
 @pytest.mark.parametrize(
-    ("world_size", "case"), [pytest.param(w, c, id=f"{w}-{c}") for w in (2, 3, 4, 8) for c in cases(w)]
+    ("world_size", "case"), [pytest.param(w, c, id=f"{w}-{c}", marks=slow(w)) for w in (2, 3, 4, 8) for c in cases(w)]
 )
 def test_equals_one_process_after_every_step(world_size: int, case: Case) -> None:
     expected = in_one_process(case.model, case.settings, case.dtype)
@@ -205,7 +209,7 @@ def test_equals_one_process_after_every_step(world_size: int, case: Case) -> Non
             assert seen.all(), f"step {step}, {name}: no rank has all of it"
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 4, 8])
+@pytest.mark.parametrize("world_size", [pytest.param(w, marks=slow(w)) for w in (2, 3, 4, 8)])
 def test_states_are_partitioned(world_size: int) -> None:
     """No rank holds a whole projector, moment or error, and together they hold each element once."""
     ranks = sharded(world_size)
