@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldadam_dist.rules import PROJ_METHODS, PROJ_TYPES, global_shape, is_low_rank, matrices_of
+from ldadam_dist.rules import PROJ_METHODS, PROJ_TYPES, global_shape, low_rank_matrices, matrices_of
 
 PROJECTOR_INITS = ("auto", "svd", "randomized")
 
@@ -167,9 +167,9 @@ def check_unchanged(name: str, low_rank: bool, group: Mapping[str, Any], state: 
 
 def check_projects(named: Sequence[tuple[str, Tensor, Mapping[str, Any]]]) -> None:
     """Raise ValueError if no parameter at all would be projected."""
-    if any(_is_low_rank(param, group) for _, param, group in named):
-        return
     shapes = [global_shape(param) for _, param, _ in named]
+    if any(low_rank_matrices(shape, group) for shape, (*_, group) in zip(shapes, named, strict=True)):
+        return
     matrices = [(matrices_of(s, g["flatten"]), name, s, g) for s, (name, _, g) in zip(shapes, named, strict=True)]
     candidates = [(min(m[1:]), name, shape, group) for m, name, shape, group in matrices if m]
     if candidates:
@@ -257,10 +257,6 @@ def check_not_flattened(param: Tensor, same_shapes: bool) -> None:
             f"ldadam_dist.integrations.deepspeed.attach(engine) after deepspeed.initialize, or use "
             f"ldadam_dist.integrations.deepspeed.initialize, which does both."
         )
-
-
-def _is_low_rank(param: Tensor, group: Mapping[str, Any]) -> bool:
-    return is_low_rank(global_shape(param), group["rank"], group["enable_lowrank"], group["flatten"])
 
 
 def is_fsdp1_flat(param: Tensor) -> bool:

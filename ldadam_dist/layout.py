@@ -65,7 +65,6 @@ def cut(length: int, cuts: tuple[int, ...], order: tuple[int, ...] | None = None
     return Pieces(tuple(bounds), longest, regular)
 
 
-@functools.cache
 def cut_at(edges: tuple[int, ...]) -> Pieces:
     """Cut a dimension where each of `edges` says that a piece begins; the last is its end. They do not fall."""
     bounds = tuple(itertools.pairwise(edges))
@@ -183,6 +182,7 @@ class MatrixLayout:
             own slice of the kept dimension, and the update's low-rank factor is gathered over this group.
         m_edges, n_edges: where the blocks of the processes begin in either dimension, and its end, if it is not cut
             into chunks. What is split over a group besides always is.
+        m_pieces, n_pieces: the blocks' bounds in either dimension, by group rank.
         m_range, n_range: this process's bounds of either dimension; that is the block it steps.
         weight_range: the bounds of the kept dimension that its weights cover; more than n_range under replicas.
     """
@@ -195,11 +195,17 @@ class MatrixLayout:
     replicas: Axis = WHOLE
     m_edges: tuple[int, ...] | None = None
     n_edges: tuple[int, ...] | None = None
+    m_pieces: Pieces = field(init=False, compare=False, repr=False)
+    n_pieces: Pieces = field(init=False, compare=False, repr=False)
     m_range: Bounds = field(init=False, compare=False)
     n_range: Bounds = field(init=False, compare=False)
     weight_range: Bounds = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
+        m_pieces = self.over_m.pieces(self.m) if self.m_edges is None else cut_at(self.m_edges)
+        n_pieces = self.over_n.pieces(self.n) if self.n_edges is None else cut_at(self.n_edges)
+        object.__setattr__(self, "m_pieces", m_pieces)
+        object.__setattr__(self, "n_pieces", n_pieces)
         object.__setattr__(self, "m_range", self.m_pieces.bounds[self.over_m.index])
         object.__setattr__(self, "n_range", self.n_pieces.bounds[self.over_n.index])
         weight_range = self.n_range
@@ -208,16 +214,6 @@ class MatrixLayout:
             position = self.over_n.index if self.over_n.order is None else self.over_n.order[self.over_n.index]
             weight_range = shards.bounds[position // self.replicas.count]
         object.__setattr__(self, "weight_range", weight_range)
-
-    @property
-    def m_pieces(self) -> Pieces:
-        """The rows of the blocks, by group rank."""
-        return self.over_m.pieces(self.m) if self.m_edges is None else cut_at(self.m_edges)
-
-    @property
-    def n_pieces(self) -> Pieces:
-        """The columns of the blocks, by group rank."""
-        return self.over_n.pieces(self.n) if self.n_edges is None else cut_at(self.n_edges)
 
     @property
     def processes(self) -> int:

@@ -21,7 +21,7 @@ from ldadam_dist.lowrank import plan_windows, step_matrices
 from ldadam_dist.partitions import FlatPartition, Partitions
 from ldadam_dist.placement import Placement, placement
 from ldadam_dist.plan import WINDOW_ELEMENTS, Unit
-from ldadam_dist.rules import DEFAULT_RANK, global_shape, is_low_rank, matrices_of
+from ldadam_dist.rules import DEFAULT_RANK, global_shape, low_rank_matrices
 from ldadam_dist.state import init_state, stored_shapes
 
 
@@ -351,11 +351,8 @@ class LDAdamW(Optimizer):
                     same_shapes = self._shapes.get(id(group)) == [global_shape(p) for p in group["params"]]
                     arguments.check_not_flattened(param, same_shapes)
                     self._note(group)
-                shape, flatten = global_shape(param), group["flatten"]
-                low_rank = is_low_rank(shape, group["rank"], group["enable_lowrank"], flatten)
-                matrices = matrices_of(shape, flatten) if low_rank else None
-                adapter = self._adapter(param, name, flatten)
-                yield param, [Entry(name, param, group, adapter, matrices, shape, state)]
+                shape, adapter = global_shape(param), self._adapter(param, name, group["flatten"])
+                yield param, [Entry(name, param, group, adapter, low_rank_matrices(shape, group), shape, state)]
 
     def _state_of(self, entry: Entry) -> dict[str, Any]:
         """Where the state of a parameter is kept; that of a flat tensor has one dict for each name."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ldadam_dist.adapters.flat import FlatAdapter, FlatRange
 from ldadam_dist.entries import Entry
-from ldadam_dist.rules import is_low_rank, matrices_of
+from ldadam_dist.rules import low_rank_matrices, matrices_of
 from ldadam_dist.runtime import ranks_of
 
 
@@ -128,6 +128,10 @@ def _entries_of(
 ) -> Iterator[tuple[str, tuple[int, ...], FlatAdapter]]:
     """(name, shape, adapter) of each matrix, of a stack too, and of each other parameter."""
     ranks = ranks_of(partition.process_group)
+
+    def adapter(elements: FlatRange, columns: int) -> FlatAdapter:
+        return FlatAdapter(partition.tensor, elements, ranks, partition.process_group, partition.device, columns)
+
     for param in partition.params:
         elements, total = param.elements, math.prod(param.shape)
         if elements.starts[0] != 0 or elements.starts[-1] != total or len(elements.starts) != len(ranks) + 1:
@@ -140,17 +144,14 @@ def _entries_of(
                 f"parameter {param.name} is told to be at {elements.offset} to {elements.offset + elements.length} of "
                 f"a partition of {partition.tensor.numel()} elements."
             )
-
-        def adapter(elements: FlatRange, columns: int) -> FlatAdapter:
-            return FlatAdapter(partition.tensor, elements, ranks, partition.process_group, partition.device, columns)
-
-        if not is_low_rank(param.shape, group["rank"], group["enable_lowrank"], group["flatten"]):
+        matrices = low_rank_matrices(param.shape, group)
+        if matrices is None:
             yield param.name, param.shape, adapter(elements, 0)
-            continue
-        number, rows, columns = matrices_of(param.shape, group["flatten"]) or (0, 0, 0)
-        if len(param.shape) == 2 or group["flatten"]:
-            yield param.name, param.shape, adapter(elements, columns)
-            continue
-        for i in range(number):
-            size = rows * columns
-            yield f"{param.name}[{i}]", (rows, columns), adapter(elements.part(i * size, (i + 1) * size), columns)
+        elif len(param.shape) == 2 or group["flatten"]:
+            yield param.name, param.shape, adapter(elements, matrices[2])
+        else:
+            number, *shape = matrices
+            size = math.prod(shape)
+            for i in range(number):
+                part = elements.part(i * size, (i + 1) * size)
+                yield f"{param.name}[{i}]", tuple(shape), adapter(part, shape[1])

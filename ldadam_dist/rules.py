@@ -107,6 +107,17 @@ def is_low_rank(shape: Sequence[int], rank: int, enable_lowrank: bool = True, fl
     return enable_lowrank and matrices is not None and matrices[0] > 0 and 0 < rank < min(matrices[1:])
 
 
+def low_rank_matrices(shape: Sequence[int], group: Mapping[str, Any]) -> tuple[int, int, int] | None:
+    """(number, rows, columns) of the matrices that LDAdam steps in a parameter; None if AdamW steps it.
+
+    Args:
+        shape: the global shape.
+        group: its complete hyperparameters.
+    """
+    low_rank = is_low_rank(shape, group["rank"], group["enable_lowrank"], group["flatten"])
+    return matrices_of(shape, group["flatten"]) if low_rank else None
+
+
 def state_shapes(shape: Sequence[int], group: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Global shapes of a parameter's state, of an error also where there is none.
 
@@ -118,9 +129,8 @@ def state_shapes(shape: Sequence[int], group: Mapping[str, Any]) -> dict[str, tu
         shape: the parameter's global shape.
         group: its complete hyperparameters.
     """
-    matrices = matrices_of(shape, group["flatten"])
-    rank = group["rank"]
-    if matrices is None or not is_low_rank(shape, rank, group["enable_lowrank"], group["flatten"]):
+    matrices, rank = low_rank_matrices(shape, group), group["rank"]
+    if matrices is None:
         return {"step": (), "exp_avg": tuple(shape), "exp_avg_sq": tuple(shape)}
     number = matrices[:1] if len(shape) > 2 and not group["flatten"] else ()
     m, n = oriented_shape(matrices[1:], group["proj_type"])

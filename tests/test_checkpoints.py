@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -41,9 +40,7 @@ CHAINS: dict[str, tuple[str, list[Leg]]] = {
 }
 
 
-def build(
-    model_name: str, layout: str, dtype: torch.dtype, options: dict[str, Any]
-) -> tuple[nn.Module, LDAdamW, int, int]:
+def build(model_name: str, layout: str, dtype: torch.dtype) -> tuple[nn.Module, LDAdamW, int, int]:
     """A model, its optimizer, and the number of parts of the batch and this rank's."""
     make, _, _, rank = BUILD[model_name]
     module = model = make(dtype)
@@ -54,8 +51,8 @@ def build(
         group = dist.group.WORLD if layout == "replicas" else None
     elif layout != "plain":
         parts, part = shard(model, layout)
-    settings = {"lr": 1e-2, "weight_decay": 0.1, "rank": rank, "process_group": group, **options}
-    return model, LDAdamW(model.named_parameters(), **settings), parts, part
+    optimizer = LDAdamW(model.named_parameters(), lr=1e-2, weight_decay=0.1, rank=rank, process_group=group)
+    return model, optimizer, parts, part
 
 
 def leg(
@@ -65,10 +62,9 @@ def leg(
     load: str | None,
     save: str | None,
     dtype: torch.dtype,
-    options: Any,
 ) -> dict[str, Tensor]:
     """Train from one checkpoint to the next; the whole weights, and errors, at the end."""
-    model, optimizer, parts, part = build(model_name, layout, dtype, options)
+    model, optimizer, parts, part = build(model_name, layout, dtype)
     _, loss_of, data, _ = BUILD[model_name]
     if load is not None:
         weights, state = get_state_dict(model, optimizer)
@@ -98,14 +94,14 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def run_chain(
-    model_name: str, legs: list[Leg], folder: Path, dtype: torch.dtype = torch.float64, options: Any = None
+    model_name: str, legs: list[Leg], folder: Path, dtype: torch.dtype = torch.float64
 ) -> list[dict[str, Tensor]]:
     """What rank 0 has at the end of each leg, which goes on from the checkpoint of the one before."""
     found, load = [], None
     for number, (ranks, layout) in enumerate(legs):
         save = str(folder / str(number))
         steps = (number * SAVE_EVERY, (number + 1) * SAVE_EVERY)
-        found.append(run_ranks(ranks, leg, model_name, layout, steps, load, save, dtype, options or {})[0])
+        found.append(run_ranks(ranks, leg, model_name, layout, steps, load, save, dtype)[0])
         load = save
     return found
 
@@ -122,7 +118,7 @@ QUICK = ("FSDP2, HSDP, DDP", "TP, FSDP2 x TP, plain")
 def test_a_run_goes_on_anywhere(name: str, tmp_path: Path) -> None:
     model_name, legs = CHAINS[name]
     for number, found in enumerate(run_chain(model_name, legs, tmp_path)):
-        expected = leg(model_name, "plain", (0, (number + 1) * SAVE_EVERY), None, None, torch.float64, {})
+        expected = leg(model_name, "plain", (0, (number + 1) * SAVE_EVERY), None, None, torch.float64)
         assert worst(found, expected) <= 1e-10, f"after leg {number}, {legs[number]}"
 
 
@@ -134,7 +130,7 @@ def test_the_same_mesh_goes_on_exactly(layout: str, tmp_path: Path) -> None:
     model_name, ranks = "blocks" if "tp" in layout else "odd", 4
     legs = [(ranks, layout)] * 2
     again = run_chain(model_name, legs, tmp_path, torch.float32)[-1]
-    through = run_ranks(ranks, leg, model_name, layout, (0, 2 * SAVE_EVERY), None, None, torch.float32, {})[0]
+    through = run_ranks(ranks, leg, model_name, layout, (0, 2 * SAVE_EVERY), None, None, torch.float32)[0]
     for name, tensor in through.items():
         assert torch.equal(tensor, again[name]), name
 
@@ -142,7 +138,7 @@ def test_the_same_mesh_goes_on_exactly(layout: str, tmp_path: Path) -> None:
 def test_float32_goes_on_elsewhere_as_close_as_it_computes(tmp_path: Path) -> None:
     legs = [(3, "rows"), (1, "plain"), (4, "hsdp")]
     found = run_chain("odd", legs, tmp_path, torch.float32)[-1]
-    expected = leg("odd", "plain", (0, len(legs) * SAVE_EVERY), None, None, torch.float32, {})
+    expected = leg("odd", "plain", (0, len(legs) * SAVE_EVERY), None, None, torch.float32)
     weights = {name: tensor for name, tensor in expected.items() if not name.startswith("error")}
     assert worst({name: found[name] for name in weights}, weights) <= 1e-5
 
@@ -240,7 +236,7 @@ def test_an_asynchronous_save_holds_its_moment(tmp_path: Path) -> None:
     assert run_ranks(2, asynchronous, str(tmp_path / "checkpoint")) == [True, True]
 
 
-def misfits(folder: str) -> dict[str, tuple[str, bool]]:
+def misfits() -> dict[str, tuple[str, bool]]:
     """The error of loading what another optimizer saved, and whether everything is as it was."""
     model, optimizer = awkward()
     advance(model, optimizer, range(2))
@@ -274,8 +270,8 @@ def misfits(folder: str) -> dict[str, tuple[str, bool]]:
     return found
 
 
-def test_a_state_of_other_settings_is_refused_and_nothing_is_loaded(tmp_path: Path) -> None:
-    for found in run_ranks(2, misfits, str(tmp_path)):
+def test_a_state_of_other_settings_is_refused_and_nothing_is_loaded() -> None:
+    for found in run_ranks(2, misfits):
         for what, (message, unchanged) in found.items():
             assert f"saved with {what}=" in message
             assert unchanged
