@@ -4,102 +4,168 @@
       .metadata, __0_0.distcp, ...   torch.distributed.checkpoint: loads on any number of ranks
       zero/, latest, ...             instead, under DeepSpeed: loads on as many ranks with the same JSON
       trainer.json                   step, tokens, schedule, position in the data, options
+      tokenizer.json                 what the tokens mean
       rng_0.pt, ...                  random states, one file a rank
+      SHA256SUMS                     of all the others
 
-A folder is written under a temporary name and renamed when every rank is done: one that has the final name is whole.
+A folder is written under a temporary name, beside the others, and renamed when every rank is done: one that has the
+final name was complete, and its checksums tell whether it still is. The run did not go on from a step_NNN.left.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
-from dataclasses import dataclass
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from launch.config import Config, ConfigError
-from launch.distributed import World
+from launch.checksums import write_sums
+from launch.distributed import FailedRankError, World
 from launch.engine import Engine
-from launch.zero import check_resume
 
 TRAINER_FILE = "trainer.json"
-# What a resumed run may change without becoming another run.
-FREE_ON_RESUME = {
-    *("steps", "micro_batch_size", "parallel", "activation_checkpointing", "cache_dir"),
-    "deepspeed",  # its contents are compared
-    *("eval_every", "log_every", "save_every", "output_dir", "resume"),
-}
+TOKENIZER_FILE = "tokenizer.json"
 
 
-@dataclass
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written, on any of the ranks; those before it are as they were."""
+
+
 class Checkpointer:
-    """Saves and restores a run; ``folder`` holds its checkpoints."""
+    """Saves and restores a run.
 
-    folder: Path
-    engine: Engine
-    world: World
+    Args:
+        folder: holds its checkpoints; the same for all ranks.
+        keep_last: how many to keep; 0 keeps all.
+        background: write while training goes on.
+    """
+
+    def __init__(
+        self, folder: Path, engine: Engine, world: World, keep_last: int = 0, background: bool = False
+    ) -> None:
+        self.folder, self.engine, self.keep_last, self.background = folder, engine, keep_last, background
+        self._world = world.apart()  # the thread communicates while training does
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: Future[None] | None = None
 
     def path(self, step: int) -> Path:
         return self.folder / f"step_{step:06d}"
 
-    def save(self, step: int, trainer: dict[str, Any]) -> Path:
-        """Write step_NNN; ``trainer`` is plain data, the same on every rank."""
+    def save(self, step: int, trainer: dict[str, Any], tokenizer: str) -> Path:
+        """Begin to write step_NNN, and end it too without ``background``; collective.
+
+        Args:
+            trainer: plain data, the same on every rank.
+            tokenizer: the tokenizer as JSON.
+        Raises:
+            CheckpointError: this one could not be written, or the one before it.
+        """
+        self.wait()
         final = self.path(step)
         temporary = self.folder / f".{final.name}.tmp"
-        if self.world.is_main:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir()
-            (temporary / TRAINER_FILE).write_text(json.dumps(trainer, indent=1), encoding="utf-8")
-        self.world.barrier()
-        torch.save(rng_state(), temporary / f"rng_{self.world.dp_rank}.pt")
-        self.engine.save(temporary)
-        self.world.barrier()
-        if self.world.is_main:
-            shutil.rmtree(final, ignore_errors=True)
-            temporary.rename(final)
-        self.world.barrier()
+        try:
+            self._world.attempt_on_main(self._begin, temporary, trainer, tokenizer)
+            self._world.attempt(torch.save, rng_state(), temporary / f"rng_{self._world.dp_rank}.pt")
+            written = self.engine.save(temporary, self._world, self.background)
+        except Exception as error:
+            raise self._failed(final, error) from error
+        self._writing = self._thread.submit(self._finish, written, temporary, final)
+        if not self.background:
+            self.wait()
         return final
 
+    def wait(self) -> None:
+        """Until what is being written is complete; collective.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def failed(self) -> bool:
+        """Whether writing in the background has failed, as `wait` would tell."""
+        return self._writing is not None and self._writing.done() and self._writing.exception() is not None
+
+    def close(self) -> None:
+        """End the thread, when what it writes is written."""
+        self._thread.shutdown()
+
     def load(self, checkpoint: Path) -> None:
-        """Restore model, optimizer and random state."""
+        """Restore model, optimizer and random state; this run's checkpoints of later steps are set aside.
+
+        Args:
+            checkpoint: an absolute path.
+        """
         self.engine.load(checkpoint)
         saved = len(list(checkpoint.glob("rng_*.pt")))
-        set_rng_state(torch.load(checkpoint / f"rng_{self.world.dp_rank % saved}.pt", weights_only=True))
+        set_rng_state(torch.load(checkpoint / f"rng_{self._world.dp_rank % saved}.pt", weights_only=True))
+        if checkpoint.parent == self.folder.resolve():  # of this run
+            self._world.attempt_on_main(set_aside_after, checkpoint)
 
+    def _begin(self, temporary: Path, trainer: dict[str, Any], tokenizer: str) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for left in self.folder.glob(".step_*"):  # by a run that was killed
+            shutil.rmtree(left)
+        temporary.mkdir()
+        (temporary / TRAINER_FILE).write_text(json.dumps(trainer, indent=1), encoding="utf-8")
+        (temporary / TOKENIZER_FILE).write_text(tokenizer, encoding="utf-8")
 
-def find_checkpoint(resume: str, output_dir: Path | None) -> Path:
-    """The folder that ``resume`` names; latest is the one of the highest step in the run's folder."""
-    if resume != "latest":
-        path = Path(resume).expanduser()
-        if not (path / TRAINER_FILE).is_file():
-            raise ConfigError(f"resume={resume!r}: expected latest or a folder step_NNN with {TRAINER_FILE}")
-        return path
-    assert output_dir is not None
-    found = (output_dir / "checkpoints").glob("step_[0-9]*")
-    complete = sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
-    if not complete:
-        raise ConfigError(f"resume=latest: no checkpoint in {output_dir / 'checkpoints'}; start without --resume")
-    return complete[-1]
+    def _finish(self, written: Callable[[], None], temporary: Path, final: Path) -> None:
+        try:
+            self._world.attempt(written)
+            write_sums(temporary, self._world)
+            self._world.attempt_on_main(self._publish, temporary, final)
+        except Exception as error:
+            raise self._failed(final, error) from error
 
+    def _publish(self, temporary: Path, final: Path) -> None:
+        temporary.rename(final)
+        for path in checkpoints(self.folder)[: -self.keep_last] if self.keep_last else []:
+            discard(path)
 
-def read_trainer_state(checkpoint: Path, config: Config, zero: dict[str, Any] | None, world: World) -> dict[str, Any]:
-    """What the trainer saved, after checking that it belongs to a run with these options and DeepSpeed's settings."""
-    trainer: dict[str, Any] = json.loads((checkpoint / TRAINER_FILE).read_text(encoding="utf-8"))
-    saved, current = trainer["config"], config.flat()
-    different = [key for key in current if key not in FREE_ON_RESUME and saved.get(key) != current[key]]
-    if different:
-        found = ", ".join(f"{key}={current[key]!r} (was {saved.get(key)!r})" for key in different)
-        raise ConfigError(f"resume: {checkpoint} belongs to a run with other options: {found}. Give the same ones")
-    check_resume(checkpoint, trainer, {"deepspeed": zero, "ranks": world.size})
-    if trainer["step"] >= config.run.steps:
-        raise ConfigError(
-            f"resume: {checkpoint} is at step {trainer['step']} of steps={config.run.steps}: "
-            "nothing is left to do, raise steps"
+    def _failed(self, final: Path, error: Exception) -> CheckpointError:
+        if self._world.is_main:  # what is there of it takes the place that others need
+            shutil.rmtree(self.folder / f".{final.name}.tmp", ignore_errors=True)
+        free = "unknown"
+        with contextlib.suppress(OSError):
+            free = f"{shutil.disk_usage(self.folder).free / 2**20:,.0f} MiB"
+        what = str(error) if isinstance(error, FailedRankError) else f"{type(error).__name__}: {error}"
+        kept = [path for path in checkpoints(self.folder) if path != final]
+        newest = f"the newest complete checkpoint is {kept[-1]}" if kept else "there is no checkpoint before it"
+        return CheckpointError(
+            f"{final} could not be written: {what}. Free disk space: {free}; {newest}. Mend the cause and start the "
+            "same command again to go on from there"
         )
-    return trainer
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Those that were complete once, the oldest first."""
+    found = [path for path in folder.glob("step_*") if path.name.removeprefix("step_").isdecimal() and path.is_dir()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+
+
+def set_aside_after(checkpoint: Path) -> None:
+    """Rename checkpoints of later steps, damaged or no longer wanted: the run went on from an earlier one."""
+    found = checkpoints(checkpoint.parent)
+    for path in found[found.index(checkpoint) + 1 :]:
+        aside = path.with_name(f"{path.name}.left")
+        if aside.exists():
+            shutil.rmtree(aside)
+        path.rename(aside)
+
+
+def discard(path: Path) -> None:
+    """Delete a checkpoint; one that is deleted in part has no name that looks complete."""
+    aside = path.with_name(f".{path.name}.old")
+    path.rename(aside)
+    shutil.rmtree(aside)
 
 
 def rng_state() -> dict[str, torch.Tensor]:

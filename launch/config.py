@@ -163,15 +163,31 @@ class RunOptions:
     seed: int = option(0, "seed of the weights and of the order of the data")
     eval_every: int = option(50, "steps between validations; 0 validates at the end only")
     log_every: int = option(1, "steps between log lines")
-    save_every: int = option(0, "steps between checkpoints; 0 saves at the end only")
-    output_dir: str | None = option(None, "folder of this run (default: runs/<optimizer>-<model>-<time>)")
-    resume: str | None = option(None, "a checkpoint folder, or latest: the newest one in output_dir")
+    save_every: int = option(0, "steps between checkpoints; 0: none but by save_minutes and at the end")
+    save_minutes: float = option(30.0, "minutes between checkpoints, besides save_every; 0: none but by save_every")
+    keep_last: int = option(3, "checkpoints to keep, the newest ones; 0 keeps all")
+    async_save: bool = option(
+        True, "write checkpoints while training goes on, from a copy in CPU memory; not DeepSpeed's own files"
+    )
+    output_dir: str | None = option(
+        None, "folder of this run, seen by all hosts (default: runs/<optimizer>-<model>-<time>)"
+    )
+    resume: str = option(
+        "auto",
+        "auto: go on from the newest complete checkpoint in output_dir, if there is one; latest: the same, but there "
+        "must be one; never: output_dir must hold no run; or a checkpoint folder",
+    )
+    timeout_minutes: float = option(30.0, "how long a rank waits for the others in a collective before it gives up")
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "log_every"):
             expect(getattr(self, name) >= 1, f"{name}={getattr(self, name)}: expected at least 1")
-        for name in ("seed", "eval_every", "save_every"):
+        for name in ("seed", "eval_every", "save_every", "keep_last"):
             expect(getattr(self, name) >= 0, f"{name}={getattr(self, name)}: expected zero or more")
+        minutes = self.save_minutes
+        expect(math.isfinite(minutes) and minutes >= 0, f"save_minutes={minutes}: expected zero or more")
+        timeout = self.timeout_minutes
+        expect(0 < timeout <= 1e6, f"timeout_minutes={timeout}: expected a positive number of minutes")
         expect(
             self.micro_batch_size is None or self.micro_batch_size >= 1,
             f"micro_batch_size={self.micro_batch_size}: expected at least 1",

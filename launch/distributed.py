@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -12,14 +14,23 @@ import torch.distributed as dist
 from launch.config import expect
 
 
+class FailedRankError(RuntimeError):
+    """Something failed on one process, and so for all."""
+
+
 @dataclass(frozen=True)
 class World:
-    """This process's place among the processes of the run."""
+    """This process's place among the processes of the run, and the collectives that the trainer needs.
+
+    Attributes:
+        group: what they communicate over; None is the default group.
+    """
 
     dp_rank: int
     size: int
     local_rank: int
     device: torch.device
+    group: Any = None
 
     @property
     def is_main(self) -> bool:
@@ -29,30 +40,74 @@ class World:
     def is_distributed(self) -> bool:
         return dist.is_initialized()
 
+    def apart(self) -> World:
+        """The same processes over a group of their own on the CPU, for another thread; collective."""
+        return replace(self, group=dist.new_group(backend="gloo")) if self.is_distributed else self
+
     def barrier(self) -> None:
         if self.is_distributed:
-            dist.barrier()
+            dist.barrier(self.group)
 
     def broadcast(self, value: Any) -> Any:
         """The main process's value, on every process."""
         if not self.is_distributed:
             return value
         values = [value]
-        dist.broadcast_object_list(values, src=0)
+        dist.broadcast_object_list(values, src=0, group=self.group)
         return values[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all processes, on every process."""
+        values = [value] * self.size
+        if self.is_distributed:
+            dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def attempt(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """Call a function on every process; what each returned, on every process.
+
+        Raises:
+            FailedRankError: on every process, if it raised on one.
+        """
+        error: Exception | None = None
+        result: Any = None
+        try:
+            result = function(*args)
+        except Exception as raised:
+            error = raised
+        told = None if error is None else f"{type(error).__name__}: {error}"
+        outcomes = self.gather((result, told))
+        failed = [(rank, told) for rank, (_, told) in enumerate(outcomes) if told]
+        if failed:
+            rank, told = failed[0]
+            where = f"rank {rank}: " if self.size > 1 else ""
+            raise FailedRankError(f"{where}{told}") from error
+        return [result for result, _ in outcomes]
+
+    def attempt_on_main(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Call a function on the main process; what it returned, and what it raised, on every process."""
+        return self.attempt(function if self.is_main else _nothing, *args)[0]
+
+    def largest(self, values: Sequence[int]) -> list[int]:
+        """The largest of each over all processes; through the CPU, so that no GPU is waited for."""
+        tensor = torch.tensor(values)
+        if self.is_distributed:
+            dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.group)
+        return tensor.tolist()
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor summed over all processes, in place."""
         if self.is_distributed:
-            dist.all_reduce(tensor)
+            dist.all_reduce(tensor, group=self.group)
         return tensor
 
 
-def start(needs_group: bool = False) -> World:
+def start(needs_group: bool = False, timeout_minutes: float = 30.0) -> World:
     """Join the process group when a launcher started this process; pick the device and the number of CPU threads.
 
     Args:
         needs_group: make a process group of one for a process that was started alone.
+        timeout_minutes: how long a collective waits for the other processes.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", 1)))  # torchrun's, deepspeed's
@@ -69,17 +124,21 @@ def start(needs_group: bool = False) -> World:
         device = torch.device("cpu")
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         torch.set_num_threads(max(1, cores // local_size))
-    alone: dict[str, Any] = {}
+    options: dict[str, Any] = {"timeout": timedelta(minutes=timeout_minutes)}
     if not os.environ.keys() >= {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}:  # not started by a launcher
         if not needs_group:
             return World(dp_rank=0, size=1, local_rank=0, device=device)
-        alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     # gloo next to nccl: object broadcasts and checkpoints move CPU tensors.
     if device.type == "cuda":
-        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device, **alone)
+        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device, **options)
     else:
-        dist.init_process_group("gloo", **alone)
+        dist.init_process_group("gloo", **options)
     return World(dp_rank=dist.get_rank(), size=dist.get_world_size(), local_rank=local_rank, device=device)
+
+
+def _nothing(*_: Any) -> None:
+    """What the others do while the main process does something."""
 
 
 def stop() -> None:

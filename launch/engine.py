@@ -7,13 +7,14 @@ import math
 import time
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.distributed.checkpoint import load, save
+from torch.distributed.checkpoint import CheckpointException, async_save, load, save
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -70,8 +71,16 @@ class Engine(ABC):
         return int(getattr(self.optimizer, "skipped_steps", 0))
 
     @abstractmethod
-    def save(self, folder: Path) -> None:
-        """Write model and optimizer; every rank takes part."""
+    def save(self, folder: Path, world: World, background: bool) -> Callable[[], Any]:
+        """Write model and optimizer as they are now; every rank takes part.
+
+        Args:
+            world: to communicate over, from another thread.
+            background: return as soon as training may go on, if the engine can.
+        Returns:
+            to be called before training goes on, or, with `background`, any time: ends the writing, and raises what
+            went wrong.
+        """
 
     @abstractmethod
     def load(self, folder: Path) -> None:
@@ -101,6 +110,8 @@ class TorchEngine(Engine):
         self.module.train()
         self.optimizer = build_optimizer(self.module, config.optimizer)
         self.clip = config.optimizer.clip or math.inf
+        # One process without a process group saves and loads alone, as it should.
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
     def _spread(self, model: LlamaForCausalLM) -> nn.Module:
         device = self.world.device
@@ -136,14 +147,25 @@ class TorchEngine(Engine):
             return self.module.no_sync()
         return contextlib.nullcontext()
 
-    def save(self, folder: Path) -> None:
-        with quiet_dcp():
-            save(self._state(), checkpoint_id=folder)
+    def save(self, folder: Path, world: World, background: bool) -> Callable[[], Any]:
+        state = self._state()
+        writing = async_save(state, checkpoint_id=folder, process_group=world.group) if background else None
+
+        def end() -> None:
+            try:
+                if isinstance(writing, Future):
+                    writing.result()
+                else:
+                    save(state, checkpoint_id=folder, process_group=world.group)
+            except CheckpointException as error:  # which is no Exception, and tells every rank's traceback
+                told = (f"rank {rank}: {type(why).__name__}: {why}" for rank, (why, _) in error.failures.items())
+                raise OSError("; ".join(told)) from error
+
+        return end
 
     def load(self, folder: Path) -> None:
         state = self._state()
-        with quiet_dcp():
-            load(state, checkpoint_id=folder)
+        load(state, checkpoint_id=folder)
         set_state_dict(
             self.module, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
         )
@@ -168,11 +190,3 @@ def resolve_parallel(options: ModelOptions, world: World) -> str:
             f"parallel={options.parallel} needs a process group: start with torchrun --standalone --nproc-per-node N",
         )
     return options.parallel
-
-
-@contextlib.contextmanager
-def quiet_dcp() -> Iterator[None]:
-    """Without DCP's warning that one process without a process group saves alone, as it should."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield

@@ -19,19 +19,23 @@ from launch.config import ConfigError, parse_config
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code: 0, 1 when the training diverged, 2 for options or data that cannot be used."""
+    """Exit code: 0, also when a signal asked to stop and a checkpoint was saved; 1 when the training diverged or a
+    checkpoint could not be written; 2 for options or data that cannot be used.
+    """
     config = parse_config(arguments)
 
     # After the options are checked: these take seconds to import.
     from launch import distributed
+    from launch.checkpoint import CheckpointError
     from launch.trainer import Trainer
 
     world = None
     try:
-        world = distributed.start(needs_group=config.model.deepspeed is not None)
+        world = distributed.start(config.model.deepspeed is not None, config.run.timeout_minutes)
         Trainer(config, world).train()
-    except (ConfigError, FloatingPointError) as error:
-        if world is None or world.is_main:
+    except (ConfigError, FloatingPointError, CheckpointError, distributed.FailedRankError) as error:
+        alone = isinstance(error, CheckpointError) and not isinstance(error.__cause__, distributed.FailedRankError)
+        if world is None or world.is_main or alone:
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 2 if isinstance(error, ConfigError) else 1
     finally:

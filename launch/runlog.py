@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +19,15 @@ Record = dict[str, Any]
 def read_log(path: Path) -> list[Record]:
     """Records of a run, oldest first; ``path`` is its log or its folder."""
     file = path / LOG_FILE if path.is_dir() else path
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    whole, _, _ = file.read_text(encoding="utf-8").rpartition("\n")  # a run that was killed may leave half a line
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file, which is never seen half written."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
 
 
 class RunLog:
@@ -31,9 +40,9 @@ class RunLog:
         self.path = folder / LOG_FILE
         earlier = read_log(folder) if start_step and self.path.exists() else []
         kept = [record for record in earlier if record["step"] <= start_step]
-        self._file = self.path.open("w", encoding="utf-8", buffering=1)
-        self._file.writelines(json.dumps(record) + "\n" for record in kept)
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1 if start_step else None)
+        replace_text(self.path, "".join(json.dumps(record) + "\n" for record in kept))
+        self._file = self.path.open("a", encoding="utf-8", buffering=1)
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
         is_terminal = sys.stderr.isatty()
         self._bar = tqdm(
             total=steps, initial=start_step, unit="step", dynamic_ncols=True, mininterval=0.2 if is_terminal else 10

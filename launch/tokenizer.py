@@ -29,7 +29,8 @@ class TextEncoder:
         self.eos_id = eos_id
         self.vocab_size: int = tokenizer.get_vocab_size(with_added_tokens=True)
         self.dtype = np.dtype(np.uint16 if self.vocab_size <= 2**16 else np.uint32)
-        self.fingerprint = digest(tokenizer.to_str(), eos_id)
+        self.json: str = tokenizer.to_str()
+        self.fingerprint = digest(self.json, eos_id)
 
     def encode(self, texts: list[str]) -> np.ndarray:
         """(tokens,), all documents one after another."""
@@ -63,9 +64,13 @@ def batches(texts: Iterable[str], characters: int) -> Iterator[list[str]]:
         yield batch
 
 
-def load_tokenizer(options: DataOptions, source: Source, world: World) -> TextEncoder:
+def load_tokenizer(options: DataOptions, source: Source, world: World, saved: Path | None = None) -> TextEncoder:
+    """The tokenizer that the options name; ``saved`` is the one that a run has trained with, as JSON."""
     if options.tokenizer == "bpe":
-        text = world.broadcast(trained_bpe(options, source) if world.is_main else None)
+        text = None
+        if world.is_main:
+            text = saved.read_text(encoding="utf-8") if saved else trained_bpe(options, source)
+        text = world.broadcast(text)
         tokenizer = Tokenizer.from_str(text)
         return TextEncoder(tokenizer, tokenizer.token_to_id(EOS))
     from transformers import AutoTokenizer

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import math
+import signal
 import statistics
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from launch.checkpoint import Checkpointer, find_checkpoint, read_trainer_state
+from launch.checkpoint import TOKENIZER_FILE, Checkpointer
 from launch.config import Config, expect
 from launch.data import Sequences, local_slice, training_sequences, validation_sequences
 from launch.distributed import World
 from launch.engine import Engine, TorchEngine
 from launch.model import build_model
 from launch.optim import build_scheduler
-from launch.runlog import LOG_FILE, PLOT_FILE, RunLog, plot, read_log
+from launch.resume import CHECKPOINTS, CONFIG_FILE, find_run, read_trainer_state
+from launch.runlog import LOG_FILE, PLOT_FILE, RunLog, plot, read_log, replace_text
 from launch.sources import open_source
+from launch.stopping import StopRequest
 from launch.tokenizer import load_tokenizer
 from launch.zero import ZeroEngine, zero_settings
 
@@ -41,12 +43,12 @@ class Trainer:
         self.config, self.world = config, world
         self.micro_batch_size = micro_batch_size(config, world)
         self.zero = zero_settings(config, world, self.micro_batch_size) if config.model.deepspeed else None
-        self.folder, checkpoint = output_folder(config, world)
+        self.folder, checkpoint = find_run(config, world)
         saved = read_trainer_state(checkpoint, config, self.zero, world) if checkpoint else None
 
         source = open_source(config.data)
-        encoder = load_tokenizer(config.data, source, world)
-        self.tokenizer_fingerprint = encoder.fingerprint
+        encoder = load_tokenizer(config.data, source, world, checkpoint / TOKENIZER_FILE if checkpoint else None)
+        self.tokenizer = encoder
         self.data: Sequences = training_sequences(config.data, source, encoder, config.run.seed, world)
         self.validation_data: np.ndarray = validation_sequences(config.data, source, encoder, world)
         model = build_model(config, encoder)
@@ -54,10 +56,15 @@ class Trainer:
             ZeroEngine(model, config, self.zero, world) if self.zero else TorchEngine(model, config, world)
         )
         self.scheduler = build_scheduler(self.engine.optimizer, config.optimizer, config.run.steps)
-        self.checkpointer = Checkpointer(self.folder / "checkpoints", self.engine, world)
+        run = config.run
+        self.checkpointer = Checkpointer(self.folder / CHECKPOINTS, self.engine, world, run.keep_last, run.async_save)
 
-        self.progress = Progress()
+        self.progress, self.saved_at = Progress(), time.monotonic()
         if checkpoint and saved:
+            expect(
+                run.resume == "auto" or saved["step"] < run.steps,
+                f"resume: {checkpoint} is at step {saved['step']} of steps={run.steps}: nothing is left, raise steps",
+            )
             expect(
                 saved["tokenizer"] == encoder.fingerprint,
                 f"resume: {checkpoint} was trained with another tokenizer: restore the data it was trained on",
@@ -69,31 +76,41 @@ class Trainer:
         self.log: RunLog | None = None
         if world.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
-            self.log = RunLog(self.folder, steps=config.run.steps, start_step=self.progress.step)
+            replace_text(self.folder / CONFIG_FILE, config.to_yaml())
+            self.log = RunLog(self.folder, steps=run.steps, start_step=self.progress.step)
             self.log.say(
                 f"{config.optimizer.optimizer}: {self.engine.parameter_count:,} parameters, {self.engine.parallel} on "
                 f"{world.size} x {world.device.type}, {'bf16' if self.engine.bf16 else 'fp32'}; output in {self.folder}"
             )
 
     def train(self) -> None:
-        """All steps that are left, then the summary."""
+        """All steps that are left, then the summary; fewer if SIGTERM or SIGUSR1 asks to stop.
+
+        Raises:
+            FloatingPointError: the loss is not finite.
+            CheckpointError: a checkpoint could not be written.
+        """
         try:
-            self.run_steps()
+            with StopRequest() as request:
+                stopped_by = self.run_steps(request)
+                self.checkpointer.wait()
         finally:
+            self.checkpointer.close()
             if self.log:
                 self.log.close()
         if self.world.is_main:
-            self.summarize()
+            if stopped_by:
+                self.say_how_to_go_on(stopped_by)
+            else:
+                self.summarize()
 
-    def run_steps(self) -> None:
+    def run_steps(self, request: StopRequest) -> int:
+        """Train; the number of the signal that ended it, 0 after the last step."""
         run, progress = self.config.run, self.progress
         started = time.perf_counter() - progress.elapsed_seconds
         window_loss = torch.zeros((), device=self.world.device)
         window_start, window_time = progress.step, time.perf_counter()
         while progress.step < run.steps:
-            is_last = progress.step + 1 == run.steps
-            due = {name: is_last or (every > 0 and (progress.step + 1) % every == 0) for name, every in self._cycles()}
             lr = self.config.optimizer.lr * self.scheduler.lr_lambdas[0](progress.step)
             sequences = local_slice(self.data.take(run.batch_size), self.world)
             update = self.engine.update(sequences.split(self.micro_batch_size))
@@ -101,7 +118,8 @@ class Trainer:
             self.scheduler.step()
             progress.step += 1
             progress.tokens += run.batch_size * self.config.data.seq_len
-            if not any(due.values()):
+            due, stopped_by = self.due(request)
+            if not due:
                 continue
 
             steps = progress.step - window_start
@@ -113,7 +131,7 @@ class Trainer:
                 "step": progress.step,
                 "tokens": progress.tokens,
                 "loss": loss,
-                "val_loss": self.validate() if due["eval"] else None,
+                "val_loss": self.validate() if "eval" in due else None,
                 "lr": lr,
                 "grad_norm": norm if math.isfinite(norm) else None,
                 "tokens_per_second": steps * run.batch_size * self.config.data.seq_len / window_seconds,
@@ -127,21 +145,36 @@ class Trainer:
                 self.log.progress(record)
                 if record["val_loss"] is not None:
                     self.log.say(f"step {progress.step}: validation loss {record['val_loss']:.4f}")
-            if due["save"]:
+            if "save" in due:
                 self.save()
+            if stopped_by:
+                return stopped_by
             window_loss.zero_()
             window_start, window_time = progress.step, time.perf_counter()
+        return 0
 
-    def _cycles(self) -> list[tuple[str, int]]:
-        run = self.config.run
-        return [("log", run.log_every), ("eval", run.eval_every), ("save", run.save_every)]
+    def due(self, request: StopRequest) -> tuple[set[str], int]:
+        """What is to be done after this step, of log, eval and save; and the signal that asks to stop, 0 if none did.
+
+        Signals and clocks differ from rank to rank, so the ranks agree.
+        """
+        run, step = self.config.run, self.progress.step
+        cycles = {"log": run.log_every, "eval": run.eval_every, "save": run.save_every}
+        due = {name for name, every in cycles.items() if step == run.steps or (every and step % every == 0)}
+        is_time = 0 < run.save_minutes * 60 <= time.monotonic() - self.saved_at
+        stopped_by, is_time, failed = self.world.largest([request.signal, is_time, self.checkpointer.failed()])
+        if failed:
+            self.checkpointer.wait()
+        if is_time or stopped_by:
+            due.add("save")
+        return due, 0 if step == run.steps else stopped_by
 
     def check_finite(self, loss: float, steps: int) -> None:
         if not math.isfinite(loss):
             raise FloatingPointError(
                 f"loss is {loss} within the last {steps} step(s) before step {self.progress.step}; expected a finite "
                 f"number. Lower lr ({self.config.optimizer.lr}) and lr_other ({self.config.optimizer.lr_other}), "
-                "lengthen warmup_steps, or set clip; --resume takes up the last checkpoint"
+                "lengthen warmup_steps, or set clip, and start anew"
             )
 
     @torch.no_grad()
@@ -161,19 +194,29 @@ class Trainer:
         loss_sum, count = self.world.sum(total).tolist()
         return loss_sum / count
 
-    def save(self) -> Path:
+    def save(self) -> None:
         state = {
             "step": self.progress.step,
             "tokens": self.progress.tokens,
             "elapsed_seconds": self.progress.elapsed_seconds,
             "scheduler": self.scheduler.state_dict(),
             "data": self.data.state_dict(),
-            "tokenizer": self.tokenizer_fingerprint,
+            "tokenizer": self.tokenizer.fingerprint,
             "config": self.config.flat(),
             "deepspeed": self.zero,
             "ranks": self.world.size,
         }
-        return self.checkpointer.save(self.progress.step, state)
+        self.checkpointer.save(self.progress.step, state, self.tokenizer.json)
+        self.saved_at = time.monotonic()
+
+    def say_how_to_go_on(self, stopped_by: int) -> None:
+        by, step = signal.Signals(stopped_by).name, self.progress.step
+        folder = "" if self.config.run.output_dir else f" with --output_dir {self.folder}"
+        print(
+            f"\nstopped by {by} after step {step} of {self.config.run.steps}; saved {self.checkpointer.path(step)}\n"
+            f"Start the same command again{folder} to go on from there.",
+            flush=True,
+        )
 
     def summarize(self) -> None:
         """The picture of the curves, and where everything is."""
@@ -208,17 +251,3 @@ def micro_batch_size(config: Config, world: World) -> int:
         f"(batch_size={batch_size} over {world.size} ranks)",
     )
     return size
-
-
-def output_folder(config: Config, world: World) -> tuple[Path, Path | None]:
-    """The run's folder and the checkpoint it goes on from; a folder with another run's log is refused."""
-    folder = Path(config.run.output_dir).expanduser() if config.run.output_dir else None
-    checkpoint = find_checkpoint(config.run.resume, folder).resolve() if config.run.resume else None
-    if checkpoint and (folder is None or folder.resolve() == checkpoint.parents[1]):
-        return folder or checkpoint.parents[1], checkpoint
-    if folder is None:
-        name = f"{config.optimizer.optimizer}-{config.model.model_path.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
-        folder = Path("runs") / world.broadcast(name)
-    has_run = world.broadcast((folder / LOG_FILE).exists())
-    expect(not has_run, f"output_dir={str(folder)!r} holds a run: choose another, or go on with --resume latest")
-    return folder, checkpoint

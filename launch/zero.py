@@ -11,7 +11,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,8 +73,9 @@ class ZeroEngine(Engine):
         """Those that the engine did not hand to the optimizer, and those that the optimizer skipped."""
         return super().skipped_steps + int(self.module.skipped_steps)
 
-    def save(self, folder: Path) -> None:
-        self.module.save_checkpoint(str(folder), tag=TAG)
+    def save(self, folder: Path, world: World, background: bool) -> Callable[[], None]:
+        self.module.save_checkpoint(str(folder), tag=TAG)  # training goes on when everything is written
+        return lambda: None
 
     def load(self, folder: Path) -> None:
         self.module.load_checkpoint(str(folder), tag=TAG)

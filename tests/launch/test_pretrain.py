@@ -129,11 +129,12 @@ def test_runs_that_do_not_fit_are_refused(
     options = ["--config", str(tiny_config), "--optimizer", optimizer]
     checkpoint = str(one_rank / "checkpoints" / "step_000006")
     refused = {
-        f"--output_dir {one_rank}": "holds a run",
+        f"--output_dir {one_rank} --resume never": "holds a run",
+        f"--output_dir {one_rank} --seed 1": "seed=1 (was 0)",
         f"--resume {checkpoint} --lr 0.5": "lr=0.5",
         f"--resume {checkpoint} --steps 6": "nothing is left",
         f"--resume {one_rank}": "trainer.json",
-        f"--resume latest --output_dir {tmp_path}": "no checkpoint",
+        f"--resume latest --output_dir {tmp_path}": "no complete checkpoint",
         f"--parallel fsdp --output_dir {tmp_path}": "torchrun",
         f"--rank 4000 --optimizer ldadamw --output_dir {tmp_path}": "rank",
     }
