@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
+import time
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -129,12 +132,57 @@ def start(needs_group: bool = False, timeout_minutes: float = 30.0) -> World:
         if not needs_group:
             return World(dp_rank=0, size=1, local_rank=0, device=device)
         options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    else:
+        store, rank, size = next(dist.rendezvous("env://", timeout=options["timeout"]))
+        options |= {"store": meet(store, rank, size, timeout_minutes), "rank": rank, "world_size": size}
     # gloo next to nccl: object broadcasts and checkpoints move CPU tensors.
     if device.type == "cuda":
         dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device, **options)
     else:
         dist.init_process_group("gloo", **options)
     return World(dp_rank=dist.get_rank(), size=dist.get_world_size(), local_rank=local_rank, device=device)
+
+
+def meet(store: dist.Store, rank: int, size: int, timeout_minutes: float) -> dist.Store:
+    """A part of the store for just these processes, among all those that torchrun starts one after another.
+
+    When torchrun starts the processes again, its store still has the addresses of those that are gone, and each
+    process takes what it finds first (https://github.com/pytorch/pytorch/issues/167288). So the first process names
+    a new meeting, and tells who came to it: one that does not find itself there has read of an earlier meeting.
+
+    Raises:
+        FailedRankError: the others did not come in time.
+    """
+    me = uuid.uuid4().hex
+    deadline = time.monotonic() + timeout_minutes * 60
+    if rank == 0:
+        store.set("meeting", me)
+        missing = set(range(1, size))
+        while missing := {other for other in missing if not store.check([f"meeting/{me}/{other}"])}:
+            wait_until(deadline, f"{len(missing)} of {size} processes, the first of them rank {min(missing)}")
+        came = [me, *(store.get(f"meeting/{me}/{other}").decode() for other in range(1, size))]
+        store.set(f"meeting/{me}/came", json.dumps(came))
+        return dist.PrefixStore(f"meeting/{me}", store)
+    while True:
+        if store.check(["meeting"]):
+            meeting = store.get("meeting").decode()
+            store.set(f"meeting/{meeting}/{rank}", me)
+            if store.check([f"meeting/{meeting}/came"]):
+                came = json.loads(store.get(f"meeting/{meeting}/came"))
+                if rank < len(came) and came[rank] == me:
+                    return dist.PrefixStore(f"meeting/{meeting}", store)
+        wait_until(deadline, "rank 0, or for another that rank 0 waits for")
+
+
+def wait_until(deadline: float, what: str) -> None:
+    """A moment.
+
+    Raises:
+        FailedRankError: it is after the deadline.
+    """
+    if time.monotonic() > deadline:
+        raise FailedRankError(f"the processes did not come together in timeout_minutes: waited for {what}")
+    time.sleep(0.02)
 
 
 def _nothing(*_: Any) -> None:

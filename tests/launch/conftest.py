@@ -7,8 +7,9 @@ import random
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -82,7 +83,7 @@ def ranks() -> Callable[..., None]:
 
 
 @pytest.fixture(scope="session")
-def launched() -> Callable[..., None]:
+def launched() -> Callable[..., str]:
     """launch/pretrain.py by its users' commands: launched([launcher, ...], option, ...)."""
     return run_launcher
 
@@ -93,10 +94,15 @@ def run_torchrun(size: int, *arguments: object) -> None:
     run_launcher(launcher, *arguments)
 
 
-def run_launcher(launcher: list[str], *arguments: object) -> None:
-    """launch/pretrain.py, started by a launcher; no process outlives the call."""
-    command = [*launcher, str(REPOSITORY / "launch" / "pretrain.py"), *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+def run_launcher(
+    launcher: list[str],
+    *arguments: object,
+    program: Path = REPOSITORY / "launch" / "pretrain.py",
+    environment: Mapping[str, str] = MappingProxyType({}),
+) -> str:
+    """launch/pretrain.py, started by a launcher, and what it printed; no process outlives the call."""
+    command = [*launcher, str(program), *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
     )
@@ -113,3 +119,4 @@ def run_launcher(launcher: list[str], *arguments: object) -> None:
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     assert process.returncode == 0, output
+    return output

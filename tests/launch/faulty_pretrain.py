@@ -1,0 +1,94 @@
+"""launch/pretrain.py, one rank of which is killed once: what FAULT names, on rank FAULT_RANK, in step FAULT_STEP.
+
+FAULT_MARKER is a file that tells the next life of the run that it happened.
+"""
+
+import itertools
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# Run as a file, Python looks for modules in this folder alone.
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+
+from launch import checkpoint, engine
+from launch.pretrain import main
+from ldadam_dist import step
+
+AT_STEP, ON_RANK = int(os.environ["FAULT_STEP"]), int(os.environ["FAULT_RANK"])
+MARKER = Path(os.environ["FAULT_MARKER"])
+step_number = 1
+calls = itertools.count(1)
+
+
+def strike(*_: Any) -> None:
+    """Kill this process, if it is the one, from the step on, in the first life of the run."""
+    if step_number >= AT_STEP and int(os.environ["RANK"]) == ON_RANK and not MARKER.exists():
+        MARKER.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def before(owner: Any, name: str, happen: Callable[..., None]) -> None:
+    function = getattr(owner, name)
+
+    def replaced(*args: Any, **kwargs: Any) -> Any:
+        happen(*args)
+        return function(*args, **kwargs)
+
+    setattr(owner, name, replaced)
+
+
+def after(owner: Any, name: str, happen: Callable[[Any], None]) -> None:
+    function = getattr(owner, name)
+
+    def replaced(*args: Any, **kwargs: Any) -> Any:
+        found = function(*args, **kwargs)
+        happen(found)
+        return found
+
+    setattr(owner, name, replaced)
+
+
+def count_step(_: Any) -> None:
+    global step_number
+    step_number += 1
+
+
+def strike_in_backward(loss: torch.Tensor) -> None:
+    if loss.requires_grad:
+        loss.register_hook(strike)  # backward has begun, and no layer has its gradients yet
+
+
+def strike_at_the_second(*_: Any) -> None:
+    """Some matrices have their new moments, and others have not."""
+    if step_number == AT_STEP and next(calls) == 2:
+        strike()
+
+
+def strike_at_old(path: Path, *_: Any) -> None:
+    if Path(path).suffix == ".old":
+        strike()
+
+
+FAULTS: dict[str, Callable[[], None]] = {
+    "forward": lambda: after(engine.TorchEngine, "loss", strike),
+    "backward": lambda: after(engine.TorchEngine, "loss", strike_in_backward),
+    "step": lambda: before(step, "adam_direction", strike_at_the_second),
+    "write": lambda: after(FileSystemWriter, "write_data", strike),  # this rank's files are there, and not the others
+    "checksums": lambda: before(checkpoint, "write_sums", strike),
+    "rename": lambda: before(Path, "rename", strike),
+    "delete": lambda: before(shutil, "rmtree", strike_at_old),
+}
+
+if __name__ == "__main__":
+    FAULTS[os.environ["FAULT"]]()
+    after(engine.TorchEngine, "update", count_step)
+    sys.exit(main())
