@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
-from launch import checkpoint, engine
+from launch import checkpoint, engine, zero
 from launch.pretrain import main
 from ldadam_dist import step
 
@@ -68,8 +68,8 @@ def strike_in_backward(loss: torch.Tensor) -> None:
 
 
 def strike_at_the_second(*_: Any) -> None:
-    """Some matrices have their new moments, and others have not."""
-    if step_number == AT_STEP and next(calls) == 2:
+    """Some matrices have their new moments, and others have not; or some files are written."""
+    if step_number >= AT_STEP and next(calls) == 2:
         strike()
 
 
@@ -79,10 +79,11 @@ def strike_at_old(path: Path, *_: Any) -> None:
 
 
 FAULTS: dict[str, Callable[[], None]] = {
-    "forward": lambda: after(engine.TorchEngine, "loss", strike),
-    "backward": lambda: after(engine.TorchEngine, "loss", strike_in_backward),
+    "forward": lambda: after(engine.Engine, "loss", strike),
+    "backward": lambda: after(engine.Engine, "loss", strike_in_backward),
     "step": lambda: before(step, "adam_direction", strike_at_the_second),
     "write": lambda: after(FileSystemWriter, "write_data", strike),  # this rank's files are there, and not the others
+    "second file": lambda: before(torch, "save", strike_at_the_second),
     "checksums": lambda: before(checkpoint, "write_sums", strike),
     "rename": lambda: before(Path, "rename", strike),
     "delete": lambda: before(shutil, "rmtree", strike_at_old),
@@ -90,5 +91,6 @@ FAULTS: dict[str, Callable[[], None]] = {
 
 if __name__ == "__main__":
     FAULTS[os.environ["FAULT"]]()
-    after(engine.TorchEngine, "update", count_step)
+    for kind in (engine.TorchEngine, zero.ZeroEngine):
+        after(kind, "update", count_step)
     sys.exit(main())

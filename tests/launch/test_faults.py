@@ -1,6 +1,11 @@
 """Runs that lose a process: torchrun starts them again, and they end as if nothing had happened."""
 
+import os
+import signal
+import socket
+import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,6 +13,8 @@ import pytest
 from test_checkpoint import names, same_weights
 from test_pretrain import assert_same_curves
 
+from launch.config import REPOSITORY
+from launch.pretrain import main as pretrain
 from launch.runlog import read_log
 
 pytestmark = pytest.mark.slow
@@ -40,16 +47,91 @@ def whole(tiny_config: Path, tmp_path_factory: pytest.TempPathFactory, ranks: Ca
 def test_killed_and_started_again_by_torchrun(
     fault: str, step: int, rank: int, tiny_config: Path, tmp_path: Path, whole: Path, launched: Callable[..., str]
 ) -> None:
-    run, marker = tmp_path / "run", tmp_path / "struck"
+    run = tmp_path / "run"
+    train_with(fault, step, rank, run, tiny_config, launched)
+    assert names(run) == ["step_000008", "step_000010"]
+    same_weights(run, whole)
+    assert_same_curves(read_log(run), read_log(whole), relative=0)
+
+
+@pytest.mark.parametrize(("fault", "step", "rank"), [("backward", 6, 1), ("second file", 6, 1)])
+def test_the_same_under_deepspeed(
+    fault: str, step: int, rank: int, tiny_config: Path, tmp_path: Path, launched: Callable[..., str], ranks: Callable
+) -> None:
+    pytest.importorskip("deepspeed")
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    options = ("--deepspeed", REPOSITORY / "configs" / "deepspeed" / "zero3.json")
+    train_with(fault, step, rank, run, tiny_config, launched, *options)
+    ranks(2, "--config", tiny_config, "--output_dir", whole, *OPTIONS, *options)
+    assert names(run) == ["step_000008", "step_000010"]
+    assert_same_curves(read_log(run), read_log(whole), relative=0)
+
+
+def train_with(
+    fault: str, step: int, rank: int, run: Path, config: Path, launched: Callable[..., str], *options: object
+) -> None:
+    """A run on two ranks, one of which is killed."""
+    marker = run.with_name("struck")
     faults = {"FAULT": fault, "FAULT_STEP": str(step), "FAULT_RANK": str(rank), "FAULT_MARKER": str(marker)}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     launched(
         [*torchrun, "--max-restarts", "1", "--monitor-interval", "0.2"],
-        *("--config", tiny_config, "--output_dir", run, *OPTIONS),
+        *("--config", config, "--output_dir", run, *OPTIONS, *options),
         program=PROGRAM,
         environment=faults,
     )
     assert marker.exists()
-    assert names(run) == ["step_000008", "step_000010"]
-    same_weights(run, whole)
-    assert_same_curves(read_log(run), read_log(whole), relative=0)
+
+
+def start_host(port: int, *arguments: object) -> subprocess.Popen[str]:
+    """torchrun as on one of one to two hosts, two processes each."""
+    meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}", "--rdzv-id", "elastic"]
+    # Those of a host that is gone are missed after three seconds, and another one is waited for no longer than that.
+    patience = "last_call_timeout=3,keep_alive_interval=1,keep_alive_max_attempt=3"
+    elastic = ["--nnodes", "1:2", "--nproc-per-node", "2", "--max-restarts", "3", "--monitor-interval", "0.2"]
+    command = [sys.executable, "-m", "torch.distributed.run", *meeting, "--rdzv-conf", patience, *elastic]
+    return subprocess.Popen(
+        [*command, str(REPOSITORY / "launch" / "pretrain.py"), *map(str, arguments)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def descendants(pid: int) -> list[int]:
+    children = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return [*children, *(found for child in children for found in descendants(child))]
+
+
+def test_half_of_the_ranks_are_lost_and_the_others_go_on(tiny_config: Path, tmp_path: Path) -> None:
+    """The optimizer's states of four ranks are taken up by two."""
+    run, one, steps = tmp_path / "run", tmp_path / "one", 60
+    options = ["--config", str(tiny_config), "--steps", str(steps), "--save_every", "5", "--eval_every", "0"]
+    assert pretrain([*options, "--output_dir", str(one)]) == 0
+    options += ["--output_dir", str(run)]
+    with socket.create_server(("localhost", 0)) as server:
+        port = server.getsockname()[1]
+    hosts = [start_host(port, *options)]
+    try:
+        time.sleep(1)  # the first one keeps the store
+        hosts.append(start_host(port, *options))
+        deadline = time.monotonic() + 120
+        while len(records := read_log(run) if (run / "log.jsonl").exists() else []) < 12:
+            assert time.monotonic() < deadline, "no training"
+            time.sleep(0.1)
+        lost = hosts[1].pid
+        for pid in [lost, *descendants(lost)]:  # the agent first, so that it tells nobody
+            os.kill(pid, signal.SIGKILL)
+        output, _ = hosts[0].communicate(timeout=200)
+        assert hosts[0].returncode == 0, output
+    finally:
+        for host in hosts:
+            for pid in [host.pid, *descendants(host.pid)] if host.poll() is None else []:
+                os.kill(pid, signal.SIGKILL)
+            host.communicate()
+    assert "fsdp on 4 x cpu" in output
+    assert "fsdp on 2 x cpu" in output
+    records = read_log(run)
+    assert [record["step"] for record in records] == list(range(1, steps + 1))
+    assert_same_curves(records, read_log(one), relative=1e-3)
