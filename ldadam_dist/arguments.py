@@ -202,12 +202,7 @@ def check_state(
         shapes: those of the states that this optimizer keeps here.
         sharded: whether it keeps them as DTensors.
     """
-    for key in ("rank", "proj_type", "flatten", "enable_lowrank"):
-        if key in saved_group and saved_group[key] != group[key]:
-            raise ValueError(
-                f"the state of parameter {name} was saved with {key}={saved_group[key]!r}, this optimizer has "
-                f"{key}={group[key]!r}. Build the optimizer with the saved value, or start without this state."
-            )
+    check_saved_settings(name, group, saved_group)
     if not saved:
         return
     if "projector" in saved and hasattr(saved["projector"], "placements") != sharded:
@@ -224,6 +219,16 @@ def check_state(
             raise ValueError(
                 f"the saved {key!r} of parameter {name} is {found}: expected {shape}. "
                 f"This state belongs to another model, to other settings or to another number of processes."
+            )
+
+
+def check_saved_settings(name: str, group: Mapping[str, Any], saved_group: Mapping[str, Any]) -> None:
+    """Raise ValueError if a saved group's settings are not those that fix the shape of a parameter's state."""
+    for key in ("rank", "proj_type", "flatten", "enable_lowrank"):
+        if key in saved_group and saved_group[key] != group[key]:
+            raise ValueError(
+                f"the state of parameter {name} was saved with {key}={saved_group[key]!r}, this optimizer has "
+                f"{key}={group[key]!r}. Build the optimizer with the saved value, or start without this state."
             )
 
 

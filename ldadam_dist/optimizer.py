@@ -254,7 +254,7 @@ class LDAdamW(Optimizer):
 
     def attach_partitions(
         self, partitions: Sequence[FlatPartition], overflowed: Callable[[], bool] = lambda: False
-    ) -> None:
+    ) -> Partitions:
         """Say what is in the flat tensors that an engine has put in the place of the parameters.
 
         `ldadam_dist.integrations.deepspeed` does so for DeepSpeed; collective over their process groups.
@@ -262,6 +262,8 @@ class LDAdamW(Optimizer):
         Args:
             partitions: in the order in which the engine steps them, the same on all processes.
             overflowed: see `Partitions`.
+        Returns:
+            what was made of them.
         Raises:
             ValueError: parameters that do not fit into their flat tensors, or an optimizer with process_group=.
         """
@@ -270,6 +272,7 @@ class LDAdamW(Optimizer):
         found = Partitions(partitions, self.param_groups, overflowed)
         self._forget()
         self._partitions = found
+        return found
 
     def attach_when_needed(self, attach: Callable[[], Any]) -> None:
         """Have `attach`, which calls `attach_partitions`, called as soon as the parameters must be known."""

@@ -33,6 +33,8 @@ ALLOWED = {
     "adapters": {"layout"},
     "entries": {"adapters", "layout", "rules", "runtime"},
     "partitions": {"entries", "adapters", "rules", "runtime"},
+    "packing": {"layout", "rules"},
+    "universal": {"partitions", "packing", "state", "entries", "layout", "arguments", "rules", "runtime"},
     "adamw": {"entries"},
     "gradients": {"entries", "runtime"},
     "consistency": {"entries", "adapters", "runtime"},

@@ -61,7 +61,7 @@ class FlatAdapter:
     def __init__(
         self, flat: Tensor, elements: FlatRange, ranks: Sequence[int], group: Any, device: torch.device, columns: int
     ) -> None:
-        self._flat, self._elements, self._columns = flat, elements, columns
+        self._flat, self.elements, self._columns = flat, elements, columns
         self.device, self.is_matrix = device, columns > 0
         self.groups = ((group, device),)
         self._holders = [p for p in range(len(ranks)) if elements.starts[p] < elements.starts[p + 1]]
@@ -96,7 +96,7 @@ class FlatAdapter:
     def state_shape(self, shape: Sequence[int], part: str, side: str) -> tuple[int, ...]:
         """Shape of the tensor that `new_state` makes."""
         if not self.is_matrix:
-            return (self._elements.length,)
+            return (self.elements.length,)
         if not self.present:
             return 0, 0
         if part == "error":
@@ -113,7 +113,7 @@ class FlatAdapter:
         """Rows of the block that is stepped here."""
         if self._edges is None:
             return rows
-        return self._edges[self._elements.index + 1] - self._edges[self._elements.index]
+        return self._edges[self.elements.index + 1] - self._edges[self.elements.index]
 
     def state_elements(self, shape: Sequence[int], part: str, side: str) -> int:
         """Elements that this process holds of a state."""
@@ -143,6 +143,6 @@ class FlatAdapter:
         return None if param.grad is None or not self.present else self._run(param.grad)
 
     def _run(self, flat: Tensor) -> Tensor:
-        run = flat[self._elements.offset : self._elements.offset + self._elements.length]
+        run = flat[self.elements.offset : self.elements.offset + self.elements.length]
         rows = self.is_matrix and self.cut is None
         return run.view(len(run) // self._columns, self._columns) if rows else run

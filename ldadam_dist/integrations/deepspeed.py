@@ -15,16 +15,24 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.checkpoint.constants import (
+    UNIVERSAL_CHECKPOINT_INFO,
+    UNIVERSAL_CHECKPOINT_VERSION_KEY,
+    UNIVERSAL_CHECKPOINT_VERSION_VALUE,
+)
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
+from deepspeed.utils import fragment_address
 from torch import nn
 
 from ldadam_dist.integrations.zero import ZeroLayout, refuse_unsupported, unknown_layout
+from ldadam_dist.integrations.zero_checkpoints import ZeroCheckpoints
 from ldadam_dist.optimizer import LDAdamW
 from ldadam_dist.param_groups import build_param_groups
+from ldadam_dist.universal import FlatForm
 
 _GROUP_OPTIONS = "rank lr lr_other weight_decay include exclude rank_pattern convolutions proj_type".split()
 """Arguments of `build_param_groups` among the JSON's optimizer.params; the others are LDAdamW's."""
@@ -95,8 +103,20 @@ def _attach(engine: Any) -> ZeroLayout:
         layout = read(engine.optimizer, engine.param_names, device)
     except (AttributeError, KeyError, TypeError) as error:
         raise unknown_layout(f"{type(error).__name__}: {error}") from error
-    optimizer.attach_partitions(layout.partitions, layout.overflowed)
+    found = optimizer.attach_partitions(layout.partitions, layout.overflowed)
+    _checkpoints(engine, optimizer).attached(layout, FlatForm(layout.partitions, found))
     return layout
+
+
+def _checkpoints(engine: Any, optimizer: LDAdamW) -> ZeroCheckpoints:
+    """What saves and loads the engine's states; made once."""
+    if not hasattr(engine, "ldadam_checkpoints"):
+        engine.ldadam_checkpoints = ZeroCheckpoints(engine, optimizer, fragment_address)
+        if not hasattr(engine.module, UNIVERSAL_CHECKPOINT_INFO):  # without it ds_to_universal does nothing
+            info = {UNIVERSAL_CHECKPOINT_VERSION_KEY: UNIVERSAL_CHECKPOINT_VERSION_VALUE}
+            setattr(engine.module, UNIVERSAL_CHECKPOINT_INFO, info)
+    checkpoints: ZeroCheckpoints = engine.ldadam_checkpoints
+    return checkpoints
 
 
 def _from_json(model_parameters: Sequence[Any], **params: Any) -> LDAdamW:
@@ -120,6 +140,7 @@ def _from_json(model_parameters: Sequence[Any], **params: Any) -> LDAdamW:
     # The flat tensors are not there yet. They are by the first forward, or by the first use of the optimizer.
     found = weakref.ref(engine)
     optimizer.attach_when_needed(lambda: _attach(found()))
+    _checkpoints(engine, optimizer)
 
     def before_forward(*_: Any) -> None:
         hook.remove()

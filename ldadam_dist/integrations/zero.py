@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -68,11 +68,6 @@ def _unsupported(engine: Any) -> Iterable[tuple[bool, str, str]]:
         "zero_optimization.compute_grad_norm is off, so that nobody knows of a gradient that is not finite before the "
         "first group is stepped",
         "switch it on",
-    )
-    yield (
-        engine.load_universal_checkpoint(),
-        "checkpoint.load_universal is on: a universal checkpoint holds Adam's states only",
-        "load a checkpoint that was saved at the same stage and number of processes",
     )
 
 
@@ -165,6 +160,21 @@ class ZeroLayout:
             group_index = zero.sub_group_to_group_id[i]
             layout.partitions.append(FlatPartition(tensor, group_index, tuple(members), group, device))
         return layout
+
+    def slice_mappings(self, address: Callable[..., Any]) -> list[dict[str, Any]]:
+        """Where this process has its elements of each parameter, for each flat tensor.
+
+        Args:
+            address: makes a note of (numel, start), as DeepSpeed does.
+        """
+        return [
+            {
+                param.name: address(start=param.elements.offset, numel=param.elements.length)
+                for param in partition.params
+                if param.elements.length
+            }
+            for partition in self.partitions
+        ]
 
     def verify(self) -> None:
         """Compare the master weights with the engine's weights, element by element where they are said to be.

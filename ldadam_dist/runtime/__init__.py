@@ -1,6 +1,6 @@
 """Drives steps in flight together and answers their requests with collectives."""
 
-from ldadam_dist.runtime.collectives import agree, gather_objects, ranks_of
+from ldadam_dist.runtime.collectives import agree, exchange, gather_objects, ranks_of
 from ldadam_dist.runtime.schedule import Job, run
 
-__all__ = ["Job", "agree", "gather_objects", "ranks_of", "run"]
+__all__ = ["Job", "agree", "exchange", "gather_objects", "ranks_of", "run"]
