@@ -1,13 +1,13 @@
 """The states of a matrix as tensors of Adam's shape, which DeepSpeed's universal checkpoints are made of.
 
-`ds_to_universal` knows two tensors beside the weights, exp_avg and exp_avg_sq, each with an element for every weight. What
-AdamW keeps is that. The states of a matrix are put into one vector,
+`ds_to_universal` knows two tensors beside the weights, exp_avg and exp_avg_sq, each with an element for every weight.
+What AdamW keeps is that. The states of a matrix are put into one vector,
 
     error, rows · columns;  projector, m · r;  exp_avg transposed, n · r;  exp_avg_sq transposed, n · r
 
-which is cut into planes of rows · columns elements. The first is exp_avg and the second exp_avg_sq. As r < min(m, n), the
-vector has less than four planes: the third and the fourth are the imaginary parts of exp_avg_sq and of exp_avg, which are
-complex only in a flat tensor with a matrix that needs them. So every rank fits, and nothing is rounded.
+which is cut into planes of rows · columns elements. The first is exp_avg and the second exp_avg_sq. As r < min(m, n),
+there are at most four: the third and the fourth are the imaginary parts of exp_avg_sq and of exp_avg, which are complex
+only in a flat tensor with a matrix that needs them. So every rank fits, and nothing is rounded.
 """
 
 from __future__ import annotations

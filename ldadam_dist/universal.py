@@ -1,7 +1,7 @@
 """The state of flat tensors in the form of their checkpoints: exp_avg and exp_avg_sq, flat like the weights.
 
-DeepSpeed's `ds_to_universal` makes a universal checkpoint of that, as of Adam's. `packing` says where the states of a matrix
-are in it. What cannot be cut along with the weights, as the step of each matrix, is said once, in the parameter groups.
+DeepSpeed's `ds_to_universal` makes a universal checkpoint of that, as of Adam's. `packing` says where the states of a
+matrix are in it. What cannot be cut along with the weights, the step of each matrix, is said in the parameter groups.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ldadam_dist.adapters.flat import FlatAdapter, FlatRange
 from ldadam_dist.arguments import check_saved_settings
 from ldadam_dist.entries import Entry
 from ldadam_dist.layout import Axis, Bounds, Part
@@ -77,12 +78,14 @@ class FlatForm:
         saved: Mapping[str, Mapping[str, Any]],
         read: Callable[[str], tuple[Tensor, Tensor]],
     ) -> Iterator[tuple[int, dict[str, dict[str, Tensor]]]]:
-        """The number of each flat tensor in a state dict, and its states, from exp_avg and exp_avg_sq of whole parameters; asks nobody.
+        """The number in a state dict, and the states, of each flat tensor, from tensors of whole parameters.
+
+        It asks no other process.
 
         Args:
             groups: the parameter groups.
             saved: the `KEY` of all saved groups.
-            read: gives the two tensors of a parameter, 1-D, by its name.
+            read: gives exp_avg and exp_avg_sq of a parameter, 1-D, by its name.
         """
         for partition, number in self._numbered(groups):
             group, states = groups[partition.group_index], dict[str, dict[str, Tensor]]()
@@ -90,7 +93,7 @@ class FlatForm:
             for param in partition.params:
                 both, size = read(param.name), 0
                 for step, entry in zip(saved[param.name]["steps"], entries):  # noqa: B905 -- one entry for each step
-                    start, size = size, size + entry.adapter.elements.starts[-1]
+                    start, size = size, size + _elements(entry).starts[-1]
                     if entry.present:
                         states[entry.name] = _read(entry, group, step, [t[start:size] for t in both])
             yield number, states
@@ -178,7 +181,7 @@ def _flattened(partition: FlatPartition, entries: Sequence[Entry]) -> dict[str, 
     vectors = {entry.name: _packing(entry).join(_complete(entry), dtype) for entry in here}
     for entry, vector in _exchanged(here, vectors, partition, dtype, to_planes=True):
         at = 0
-        for (start, stop), plane in zip(_in_planes(entry, entry.adapter.elements.index), planes, strict=False):
+        for (start, stop), plane in zip(_in_planes(entry, _elements(entry).index), planes, strict=False):
             _run(entry, plane)[: stop - start] = vector[at : at + stop - start]
             at += stop - start
     return {"exp_avg": pair[0], "exp_avg_sq": pair[1]}
@@ -200,7 +203,7 @@ def _named(
     here = [entry for entry in entries if entry.matrices and entry.present]
     vectors = {}
     for entry in here:
-        runs = zip(_in_planes(entry, entry.adapter.elements.index), planes, strict=False)
+        runs = zip(_in_planes(entry, _elements(entry).index), planes, strict=False)
         vectors[entry.name] = torch.cat([_run(entry, plane)[: b - a].to(dtype) for (a, b), plane in runs])
     states = {e.name: _vector_state(steps[e.name], [_run(e, t) for t in pair]) for e in entries if not e.matrices}
     for entry, vector in _exchanged(here, vectors, partition, dtype, to_planes=False):
@@ -210,9 +213,9 @@ def _named(
 
 def _read(entry: Entry, group: Mapping[str, Any], step: int, pair: Sequence[Tensor]) -> dict[str, Tensor]:
     """The state of what lies on this process, from whole tensors."""
-    me = entry.adapter.elements.index
+    me = _elements(entry).index
     if entry.matrices is None:
-        start, stop = entry.adapter.elements.starts[me : me + 2]
+        start, stop = _elements(entry).starts[me : me + 2]
         return _vector_state(step, [t[start:stop] for t in pair])
     vector = read_planes(planes_of(pair[0], pair[1]), _in_states(entry, me))
     return _matrix_state(entry, group, step, vector)
@@ -224,7 +227,7 @@ def _vector_state(step: int, pair: Sequence[Tensor]) -> dict[str, Tensor]:
 
 
 def _matrix_state(entry: Entry, group: Mapping[str, Any], step: int, vector: Tensor) -> dict[str, Tensor]:
-    state = _packing(entry).split(vector, *_bounds(entry, entry.adapter.elements.index))
+    state = _packing(entry).split(vector, *_bounds(entry, _elements(entry).index))
     error = state.pop("error").to(stored_error_dtype(entry.param.dtype, group["error_dtype"]), copy=True)
     factors = {key: state[key].clone() for key in ("exp_avg", "exp_avg_sq", "projector")}
     kept = {"error": error} if group["error_feedback"] else {}
@@ -249,7 +252,7 @@ def _exchanged(
     for entry in entries:
         if entry.layout().whole:
             yield entry, vectors[entry.name]
-    totals = itertools.accumulate(entry.adapter.elements.starts[-1] for entry in cut)
+    totals = itertools.accumulate(_elements(entry).starts[-1] for entry in cut)
     windows = itertools.groupby(zip(totals, cut, strict=True), key=lambda both: both[0] // WINDOW)
     for _, window in windows:
         members = [entry for _, entry in window]
@@ -294,6 +297,11 @@ def _redistribute(moved: Sequence[tuple[Tensor, list[Runs], list[Runs]]], axis: 
         yield wanted
 
 
+def _elements(entry: Entry) -> FlatRange:
+    assert isinstance(entry.adapter, FlatAdapter)
+    return entry.adapter.elements
+
+
 def _packing(entry: Entry) -> Packing:
     assert entry.matrices is not None
     return Packing(*entry.matrices[1:], entry.group["rank"], entry.side)
@@ -317,13 +325,13 @@ def _in_states(entry: Entry, process: int) -> Runs:
 
 
 def _in_planes(entry: Entry, process: int) -> Runs:
-    starts = entry.adapter.elements.starts
+    starts = _elements(entry).starts
     return _packing(entry).planes_at(starts[process], starts[process + 1])
 
 
 def _run(entry: Entry, flat: Tensor) -> Tensor:
     """The elements of a parameter in a flat tensor."""
-    elements = entry.adapter.elements
+    elements = _elements(entry)
     return flat[elements.offset : elements.offset + elements.length]
 
 

@@ -1,4 +1,4 @@
-"""Folders of DeepSpeed's checkpoints, read without DeepSpeed: what ZeRO saves, and what `ds_to_universal` makes of it."""
+"""Folders of DeepSpeed's checkpoints, read without DeepSpeed: those of ZeRO, and universal ones."""
 
 from __future__ import annotations
 
@@ -17,6 +17,9 @@ from ldadam_dist.universal import KEY
 
 FP32, MOMENTS = "fp32", ("exp_avg", "exp_avg_sq")
 """What a trained parameter has: its weights, and two tensors of its states."""
+
+MODEL_FILES = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt")
+"""The model's file in ZeRO-1 and 2, and the first of ZeRO-3."""
 
 _RANK_FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 
@@ -64,8 +67,8 @@ class ZeroFolder(ABC):
         saved = self._saved_groups()
         if not any(KEY in group for group in saved):
             raise ValueError(
-                f"{folder} has no states of LDAdamW that can be moved: the optimizer was another one, or the checkpoint "
-                f"was saved by a version of ldadam_dist that kept them otherwise. Load it where it was saved, and save again."
+                f"{folder} has no states of LDAdamW that can be moved: another optimizer saved it, or a version of "
+                f"ldadam_dist that kept them otherwise. Load it as it was saved, and save it again."
             )
         away = ("params", "param_names", KEY)
         self.groups = [{key: value for key, value in group.items() if key not in away} for group in saved]
@@ -94,11 +97,16 @@ class ZeroFolder(ABC):
             )
         return [read(path) for path in found]
 
+    @property
+    def model(self) -> dict[str, Any]:
+        """What the engine saved of the model and of itself, in ZeRO-3 on the first rank."""
+        return self._models[0]
+
     def rest(self) -> Iterator[tuple[str, Tensor]]:
         """What else the model has: buffers, frozen parameters, and other names of parameters."""
-        shared = self._models[0].get("shared_params") or {}
-        shapes = self._models[0].get("frozen_param_shapes") or {}
-        for name, tensor in self._models[0]["module"].items():
+        shared = self.model.get("shared_params") or {}
+        shapes = self.model.get("frozen_param_shapes") or {}
+        for name, tensor in self.model["module"].items():
             kept = shared.get(name, name)  # tied weights are kept once
             if name in self.params or not isinstance(tensor, Tensor):
                 continue
@@ -184,7 +192,7 @@ class RankFolder(ZeroFolder):
                 for rank in self._ranks
             ]
         found: list[dict[str, tuple[int, int, int]]] = [{} for _ in self._ranks]
-        for i, shapes in enumerate(self._models[0]["param_shapes"]):
+        for i, shapes in enumerate(self.model["param_shapes"]):
             offset = 0
             for name, shape in shapes.items():
                 size = math.prod(shape)

@@ -325,7 +325,6 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "torch_autocast with float16": ({"stage": 2}, {"torch_autocast": {"enabled": True, "dtype": "float16"}}),
     "deepcompile": ({"stage": 3}, {"compile": {"deepcompile": True}}),
     "compute_grad_norm": ({"stage": 2, "compute_grad_norm": False}, {"gradient_clipping": 0.0}),
-    "load_universal": ({"stage": 2}, {"checkpoint": {"load_universal": True}}),
     "zenflow": ({"stage": 2, "zenflow": {"topk_ratio": 0.1, "update_interval": 2}}, {}),
 }
 

@@ -19,10 +19,7 @@ from torch import Tensor
 from ldadam_dist.integrations.zero import ZeroLayout
 from ldadam_dist.optimizer import LDAdamW
 from ldadam_dist.universal import FlatForm, check_saved
-from ldadam_dist.zero_files import FP32, MOMENTS, UniversalFolder
-
-MODEL_FILES = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt")
-"""The model's file in ZeRO-1 and 2, and in ZeRO-3."""
+from ldadam_dist.zero_files import FP32, MODEL_FILES, MOMENTS, UniversalFolder
 
 
 class ZeroCheckpoints:
@@ -39,7 +36,7 @@ class ZeroCheckpoints:
         self._layout: ZeroLayout | None = None
         self._form: FlatForm | None = None
         self._folder: UniversalFolder | None = None
-        self._states = True
+        self._wanted: dict[str, Any] = {}
         optimizer.register_state_dict_pre_hook(lambda _: optimizer.attach_found())
         optimizer.register_state_dict_post_hook(lambda o, state: self._attached().save(o, state))
         optimizer.register_load_state_dict_pre_hook(lambda o, state: self._attached().load(o, state))
@@ -70,7 +67,7 @@ class ZeroCheckpoints:
         def load_checkpoint(*args: Any, **kwargs: Any) -> Any:
             given = signature.bind(*args, **kwargs)
             given.apply_defaults()
-            self._states = given.arguments["load_optimizer_states"] and not given.arguments["load_module_only"]
+            self._wanted = given.arguments
             return self._load(*args, **kwargs)
 
         return load_checkpoint
@@ -81,8 +78,12 @@ class ZeroCheckpoints:
         self._folder = UniversalFolder(Path(load_dir) / tag)
         self._check(self._folder)
         found: list[str] = self._names(load_dir, tag)
-        others = [str(self._folder.folder / name) for name in MODEL_FILES]
-        return found or [name for name in others if Path(name).is_file()][:1]
+        return found or [str(path) for name in MODEL_FILES if (path := self._folder.folder / name).is_file()][:1]
+
+    @property
+    def _states(self) -> bool:
+        """Whether states are wanted, and not weights alone."""
+        return bool(self._wanted["load_optimizer_states"] and not self._wanted["load_module_only"])
 
     def _check(self, folder: UniversalFolder) -> None:
         """Raise ValueError if a checkpoint is not of this model, or its states not of these settings."""
@@ -103,6 +104,12 @@ class ZeroCheckpoints:
                     folder.path(param.name, key)
         if self._states:
             self._saved_groups(folder)
+        scheduled = self._engine.lr_scheduler is not None and self._wanted["load_lr_scheduler_states"]
+        if scheduled and not self._wanted["load_module_only"] and "lr_scheduler" not in folder.model:
+            raise ValueError(
+                f"{folder.folder} has no state of a learning rate schedule, as it was not saved by DeepSpeed: call "
+                f"load_checkpoint(load_lr_scheduler_states=False) and set the engine's lr_scheduler yourself."
+            )
 
     def _saved_groups(self, folder: UniversalFolder) -> list[dict[str, Any]]:
         """The saved settings of each group of the optimizer, whose parameters may have been in another order."""

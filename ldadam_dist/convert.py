@@ -1,0 +1,323 @@
+"""Converts checkpoints of DeepSpeed's ZeRO to those of torch.distributed.checkpoint (DCP), and back.
+
+    python -m ldadam_dist.convert SOURCE TARGET
+
+A ZeRO checkpoint of any stage and number of ranks, as saved or made universal by `ds_to_universal`, becomes a DCP checkpoint
+{"model": ..., "optimizer": ...} in the form of `torch.distributed.checkpoint.state_dict.get_state_dict`: for FSDP2, DDP, tensor
+parallelism or one device. A DCP checkpoint of that form becomes a universal one, for any stage and number of ranks. One process
+does it on the CPU and without DeepSpeed, one parameter with its states in memory at a time; what is read is mapped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import inspect
+import shutil
+import sys
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner, _EmptyStateDictLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from ldadam_dist.packing import Packing, dtypes_of, planes_of, read_planes
+from ldadam_dist.rules import low_rank_matrices, projected_side, state_shapes, stored_error_dtype
+from ldadam_dist.universal import KEY
+from ldadam_dist.zero_files import FP32, MODEL_FILES, MOMENTS, RankFolder, UniversalFolder, ZeroFolder
+
+State = dict[str, Tensor]
+
+
+def convert(source: str | Path, target: str | Path) -> str:
+    """Convert a checkpoint; from ZeRO's to DCP's, or from DCP's to a universal one.
+
+    Args:
+        source: folder of a checkpoint; DeepSpeed's may also be the one that holds it with a file `latest`.
+        target: folder to write, which must not exist. It appears when all is written.
+    Returns:
+        what was done, and how the result is loaded.
+    Raises:
+        ValueError: the source is no such checkpoint, or the target exists. Nothing is left behind then.
+    """
+    source, target = Path(source).resolve(), Path(target).resolve()
+    if target.exists():
+        raise ValueError(f"{target} exists: choose another folder, or remove it.")
+    read = open_checkpoint(source)
+    temporary = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        (_to_dcp if isinstance(read, ZeroFolder) else _to_universal)(read, temporary)  # type: ignore[arg-type]
+        temporary.rename(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    if isinstance(read, ZeroFolder):
+        return f"{target}: {len(read.params)} trained parameters, for torch.distributed.checkpoint.load."
+    (target.parent / "latest_universal").write_text(target.name)
+    return (
+        f"{target}: {sum(len(g['params']) for g in read.groups)} trained parameters, a universal checkpoint. Set "
+        f'"checkpoint": {{"load_universal": true}} and call engine.load_checkpoint({str(target.parent)!r}, '
+        f"tag={target.name!r}, load_lr_scheduler_states=False)."
+    )
+
+
+def open_checkpoint(folder: Path) -> ZeroFolder | DcpFolder:
+    """What reads a checkpoint.
+
+    Raises:
+        ValueError: it is none of LDAdamW.
+    """
+    for _ in range(2):
+        if (folder / ".metadata").is_file():
+            return DcpFolder(folder)
+        if (folder / "zero" / "optimizer_state.pt").is_file():
+            return UniversalFolder(folder)
+        if any(folder.glob("*_optim_states.pt")):
+            return RankFolder(folder)
+        tags = [folder / name for name in ("latest", "latest_universal") if (folder / name).is_file()]
+        if not tags:
+            break
+        folder = folder / tags[0].read_text().strip()
+    raise ValueError(
+        f"{folder} is no checkpoint: expected a folder of torch.distributed.checkpoint (.metadata), of DeepSpeed "
+        f"(*_optim_states.pt, or latest), or a universal one (zero/optimizer_state.pt)."
+    )
+
+
+class DcpFolder:
+    """A DCP checkpoint {"model": ..., "optimizer": ...}.
+
+    Attributes:
+        groups: the optimizer's groups with the names of their parameters.
+
+    Raises:
+        ValueError: it is none, or not of LDAdamW.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._reader = _Reader(folder)
+        try:
+            self._metadata = self._reader.read_metadata()
+        except Exception as error:  # whatever the unpickler meets
+            raise ValueError(f"{folder}/.metadata cannot be read: {error}") from error
+        paths = (self._metadata.planner_data or {}).values()
+        found = sorted({".".join(map(str, path[:2])) if path[0] == "optimizer" else str(path[0]) for path in paths})
+        if not {"model", "optimizer.state", "optimizer.param_groups"} <= set(found):
+            raise ValueError(
+                f'{folder} has {", ".join(found[:5])}: expected {{"model": ..., "optimizer": ...}} as get_state_dict '
+                f"returns them without flatten_optimizer_state_dict."
+            )
+        self.groups: list[dict[str, Any]] = self._read("optimizer.param_groups")["optimizer"]["param_groups"]
+        if not all("proj_type" in group for group in self.groups):
+            raise ValueError(f"{folder} has the optimizer groups of another optimizer than LDAdamW.")
+
+    def _read(self, prefix: str) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        planner = _EmptyStateDictLoadPlanner(keys={prefix})
+        _load_state_dict(found, self._reader, no_dist=True, planner=planner)
+        return found
+
+    def names(self) -> list[str]:
+        """Names of all weights and buffers."""
+        return [path[1] for path in (self._metadata.planner_data or {}).values() if path[0] == "model"]
+
+    def weights(self, name: str) -> Tensor:
+        """A parameter or a buffer."""
+        key = f"model.{name}"
+        if not isinstance(self._metadata.state_dict_metadata.get(key), TensorStorageMetadata):
+            raise ValueError(f"the checkpoint's model has no tensor {name}, which its optimizer trains.")
+        tensor: Tensor = self._read(key)["model"][name]
+        return tensor
+
+    def state(self, name: str) -> State:
+        """The states of a parameter; empty if there are none."""
+        state: State = self._read(f"optimizer.state.{name}").get("optimizer", {}).get("state", {}).get(name, {})
+        return state
+
+
+class _Reader(FileSystemReader):
+    """Reads its metadata once."""
+
+    @functools.cache  # noqa: B019 -- it lives as long as the conversion
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        return super().read_metadata(*args, **kwargs)
+
+
+class _LazyPlanner(DefaultSavePlanner):
+    """Saves tensors that are made when it is their turn; the state dict has them on the meta device."""
+
+    def __init__(self, make: Mapping[str, Callable[[], Tensor]]) -> None:
+        super().__init__()
+        self._make = make
+
+    def lookup_object(self, index: MetadataIndex) -> Any:
+        return self._make[index.fqn]() if index.fqn in self._make else super().lookup_object(index)
+
+
+def _to_dcp(source: ZeroFolder, target: Path) -> None:
+    model: dict[str, Tensor] = {}
+    optimizer: dict[str, State] = {}
+    make: dict[str, Callable[[], Tensor]] = {}
+
+    @functools.lru_cache(maxsize=1)  # the states of one parameter are made together
+    def state_of(name: str) -> State:
+        about, group = source.params[name], source.groups[source.group_of[name]]
+        return unpack(about["shape"], group, about["steps"], [source.tensor(name, key) for key in MOMENTS])
+
+    def weights_of(name: str) -> Tensor:
+        return source.tensor(name, FP32).view(source.params[name]["shape"])
+
+    for name, about in source.params.items():
+        group = source.groups[source.group_of[name]]
+        model[name] = torch.empty(about["shape"], device="meta")
+        make[f"model.{name}"] = functools.partial(weights_of, name)
+        optimizer[name] = {}
+        for key, (shape, dtype) in _described(about["shape"], group).items():
+            optimizer[name][key] = torch.empty(shape, dtype=dtype, device="meta")
+            make[f"optimizer.state.{name}.{key}"] = functools.partial(lambda name, key: state_of(name)[key], name, key)
+    model.update(source.rest())  # mapped, not read
+    groups = []
+    for number, group in enumerate(source.groups):
+        names = [name for name in source.params if source.group_of[name] == number]
+        groups.append({**group, "params": names, "param_names": names})
+    everything = {"model": model, "optimizer": {"state": optimizer, "param_groups": groups}}
+    alone = {"no_dist": True} if "no_dist" in inspect.signature(save).parameters else {}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        save(everything, checkpoint_id=target, planner=_LazyPlanner(make), **alone)
+
+
+def _to_universal(source: DcpFolder, target: Path) -> None:
+    trained, groups, steps = set[str](), [], 0
+    for group in source.groups:
+        about = {}
+        for name in group["params"]:
+            weights, state = source.weights(name), source.state(name)
+            pair, counted = pack(name, weights.shape, group, state)
+            for key, tensor in zip((FP32, *MOMENTS), (weights.float(), *pair), strict=True):
+                _write(target, name, key, tensor.view(weights.shape))
+            about[name] = {"shape": list(weights.shape), "steps": counted}
+            steps = max(steps, *counted)
+            trained.add(name)
+        away = ("params", "param_names")
+        groups.append({**{key: value for key, value in group.items() if key not in away}, "params": [], KEY: about})
+    for name in source.names():
+        if name not in trained:
+            _write(target, name, FP32, source.weights(name))
+    torch.save({"param_groups": groups}, target / "zero" / "optimizer_state.pt")
+    known = {"module": {}, "global_steps": steps, "skipped_steps": 0, "dp_world_size": 1, "mp_world_size": 1}
+    for file in MODEL_FILES:
+        torch.save(known, target / file)
+
+
+def _write(target: Path, name: str, key: str, tensor: Tensor) -> None:
+    folder = target / "zero" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save({"param": tensor.contiguous(), "cat_dim": 0}, folder / f"{key}.pt")
+
+
+def _described(shape: Sequence[int], group: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """(shape, dtype) of each state of a parameter with float32 weights."""
+    error = stored_error_dtype(torch.float32, group["error_dtype"])
+    return {
+        key: (extent, error if key == "error" else torch.float32)
+        for key, extent in state_shapes(shape, group).items()
+        if key != "error" or group["error_feedback"]
+    }
+
+
+def _packing(shape: Sequence[int], group: Mapping[str, Any]) -> tuple[int, Packing] | None:
+    """How many matrices a parameter is, and how each is packed; None for AdamW."""
+    matrices = low_rank_matrices(shape, group)
+    if matrices is None:
+        return None
+    number, *extent = matrices
+    return number, Packing(extent[0], extent[1], group["rank"], projected_side(extent, group["proj_type"]))
+
+
+def unpack(shape: Sequence[int], group: Mapping[str, Any], steps: Sequence[int], pair: Sequence[Tensor]) -> State:
+    """The states of a whole parameter.
+
+    Args:
+        shape: the parameter's.
+        group: its group.
+        steps: of each matrix of a stack, or one.
+        pair: exp_avg and exp_avg_sq of a universal checkpoint, 1-D.
+    """
+    described, packed = _described(shape, group), _packing(shape, group)
+    step = torch.tensor(steps, dtype=torch.float32).view(described["step"][0])
+    if packed is None:
+        moments = [planes_of(t, t)[0].to(torch.float32).reshape(list(shape)) for t in pair]
+        return {"step": step, **dict(zip(MOMENTS, moments, strict=True))}
+    number, packing = packed
+    parts = []
+    for exp_avg, exp_avg_sq in zip(*(t.view(number, -1) for t in pair), strict=True):
+        vector = read_planes(planes_of(exp_avg, exp_avg_sq), packing.states_at(*packing.whole))
+        parts.append(packing.split(vector, *packing.whole))
+    return {"step": step} | {
+        key: torch.stack([part[key] for part in parts]).view(extent).to(dtype)
+        for key, (extent, dtype) in described.items()
+        if key != "step"
+    }
+
+
+def pack(
+    name: str, shape: Sequence[int], group: Mapping[str, Any], state: State
+) -> tuple[tuple[Tensor, Tensor], list[int]]:
+    """exp_avg and exp_avg_sq of a universal checkpoint, 1-D, and the steps.
+
+    Args:
+        name: of the parameter.
+        shape: its shape.
+        group: its group.
+        state: its states; zeros are taken for what is missing.
+    Raises:
+        ValueError: a state has another shape than such a parameter's.
+    """
+    shapes, packed = state_shapes(shape, group), _packing(shape, group)
+    for key, extent in shapes.items():
+        if key in state and tuple(state[key].shape) != extent:
+            raise ValueError(f"the saved {key!r} of parameter {name} is {tuple(state[key].shape)}: expected {extent}.")
+    whole = {key: state[key] if key in state else torch.zeros(extent) for key, extent in shapes.items()}
+    steps = [int(step) for step in whole["step"].reshape(-1).tolist()]
+    if packed is None:
+        return (whole["exp_avg"].float().reshape(-1), whole["exp_avg_sq"].float().reshape(-1)), steps
+    number, packing = packed
+    dtype = torch.promote_types(whole["error"].dtype, torch.float32)
+    pair = [torch.zeros(number, packing.plane, dtype=d) for d in dtypes_of(packing.planes, dtype)]
+    for i, (exp_avg, exp_avg_sq) in enumerate(zip(*pair, strict=True)):
+        matrix = {key: (whole[key][i] if len(shapes["step"]) else whole[key]) for key in shapes}
+        vector = packing.join(matrix, dtype)
+        for part, plane in zip(vector.split(packing.plane), planes_of(exp_avg, exp_avg_sq), strict=False):
+            plane[: len(part)] = part
+    return (pair[0].view(-1), pair[1].view(-1)), steps
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns its exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m ldadam_dist.convert",
+        description="Convert a checkpoint of DeepSpeed's ZeRO to torch.distributed.checkpoint's, or one of those to a "
+        "universal checkpoint of DeepSpeed. Which of both follows from SOURCE.",
+    )
+    parser.add_argument("source", metavar="SOURCE", type=Path, help="folder of a checkpoint")
+    parser.add_argument("target", metavar="TARGET", type=Path, help="folder to write, which must not exist")
+    options = parser.parse_args(arguments)
+    try:
+        print(convert(options.source, options.target))
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
