@@ -2,10 +2,11 @@
 
     python -m ldadam_dist.convert SOURCE TARGET
 
-A ZeRO checkpoint of any stage and number of ranks, as saved or made universal by `ds_to_universal`, becomes a DCP checkpoint
-{"model": ..., "optimizer": ...} in the form of `torch.distributed.checkpoint.state_dict.get_state_dict`: for FSDP2, DDP, tensor
-parallelism or one device. A DCP checkpoint of that form becomes a universal one, for any stage and number of ranks. One process
-does it on the CPU and without DeepSpeed, one parameter with its states in memory at a time; what is read is mapped.
+A ZeRO checkpoint of any stage and number of ranks, as saved or made universal by `ds_to_universal`, becomes a DCP one
+{"model": ..., "optimizer": ...} as `torch.distributed.checkpoint.state_dict.get_state_dict` gives it: for FSDP2, DDP,
+tensor parallelism or one device. A DCP checkpoint of that form becomes a universal one, for any stage and number of
+ranks. One process does it, on the CPU and without DeepSpeed, with one parameter and its states in memory at a time;
+what is read is mapped.
 """
 
 from __future__ import annotations
@@ -312,9 +313,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("target", metavar="TARGET", type=Path, help="folder to write, which must not exist")
     options = parser.parse_args(arguments)
     try:
-        print(convert(options.source, options.target))
+        sys.stdout.write(f"{convert(options.source, options.target)}\n")
     except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
         return 2
     return 0
 

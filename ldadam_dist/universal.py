@@ -20,7 +20,7 @@ from ldadam_dist.entries import Entry
 from ldadam_dist.layout import Axis, Bounds, Part
 from ldadam_dist.packing import Packing, Runs, dtypes_of, overlaps, planes_of, read_planes
 from ldadam_dist.partitions import FlatParam, FlatPartition, Partitions
-from ldadam_dist.rules import low_rank_matrices, stored_error_dtype
+from ldadam_dist.rules import compute_dtype, low_rank_matrices, stored_error_dtype
 from ldadam_dist.runtime import agree, exchange
 from ldadam_dist.state import stored_shapes
 
@@ -178,10 +178,13 @@ def _flattened(partition: FlatPartition, entries: Sequence[Entry]) -> dict[str, 
             for key, flat in zip(("exp_avg", "exp_avg_sq"), planes, strict=False):
                 _run(entry, flat).copy_(entry.state[key])
     here = [entry for entry in entries if entry.matrices and entry.present]
-    vectors = {entry.name: _packing(entry).join(_complete(entry), dtype) for entry in here}
-    for entry, vector in _exchanged(here, vectors, partition, dtype, to_planes=True):
+
+    def joined(entry: Entry) -> Tensor:
+        return _packing(entry).join(_complete(entry), dtype)
+
+    for entry, vector in _exchanged(here, joined, partition, dtype, to_planes=True):
         at = 0
-        for (start, stop), plane in zip(_in_planes(entry, _elements(entry).index), planes, strict=False):
+        for (start, stop), plane in zip(_mine(entry, in_planes=True), planes, strict=False):
             _run(entry, plane)[: stop - start] = vector[at : at + stop - start]
             at += stop - start
     return {"exp_avg": pair[0], "exp_avg_sq": pair[1]}
@@ -201,42 +204,44 @@ def _named(
         zip((e.name for e in entries), (s for p in partition.params for s in saved[p.name]["steps"]), strict=True)
     )
     here = [entry for entry in entries if entry.matrices and entry.present]
-    vectors = {}
-    for entry in here:
-        runs = zip(_in_planes(entry, _elements(entry).index), planes, strict=False)
-        vectors[entry.name] = torch.cat([_run(entry, plane)[: b - a].to(dtype) for (a, b), plane in runs])
-    states = {e.name: _vector_state(steps[e.name], [_run(e, t) for t in pair]) for e in entries if not e.matrices}
-    for entry, vector in _exchanged(here, vectors, partition, dtype, to_planes=False):
+
+    def in_planes(entry: Entry) -> Tensor:
+        runs = zip(_mine(entry, in_planes=True), planes, strict=False)
+        return torch.cat([_run(entry, plane)[: stop - start].to(dtype) for (start, stop), plane in runs])
+
+    states = {e.name: _vector_state(e, steps[e.name], [_run(e, t) for t in pair]) for e in entries if not e.matrices}
+    for entry, vector in _exchanged(here, in_planes, partition, dtype, to_planes=False):
         states[entry.name] = _matrix_state(entry, group, steps[entry.name], vector)
     return {entry.name: states[entry.name] for entry in entries if entry.present}
 
 
 def _read(entry: Entry, group: Mapping[str, Any], step: int, pair: Sequence[Tensor]) -> dict[str, Tensor]:
     """The state of what lies on this process, from whole tensors."""
-    me = _elements(entry).index
     if entry.matrices is None:
-        start, stop = _elements(entry).starts[me : me + 2]
-        return _vector_state(step, [t[start:stop] for t in pair])
-    vector = read_planes(planes_of(pair[0], pair[1]), _in_states(entry, me))
+        elements = _elements(entry)
+        start, stop = elements.starts[elements.index : elements.index + 2]
+        return _vector_state(entry, step, [t[start:stop] for t in pair])
+    vector = read_planes(planes_of(pair[0], pair[1]), _mine(entry, in_planes=False))
     return _matrix_state(entry, group, step, vector)
 
 
-def _vector_state(step: int, pair: Sequence[Tensor]) -> dict[str, Tensor]:
-    exp_avg, exp_avg_sq = (t.real.clone() if t.is_complex() else t.clone() for t in pair)
+def _vector_state(entry: Entry, step: int, pair: Sequence[Tensor]) -> dict[str, Tensor]:
+    exp_avg, exp_avg_sq = (planes_of(t, t)[0].to(entry.param.dtype, copy=True) for t in pair)
     return {"step": torch.tensor(float(step)), "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
 
 
 def _matrix_state(entry: Entry, group: Mapping[str, Any], step: int, vector: Tensor) -> dict[str, Tensor]:
-    state = _packing(entry).split(vector, *_bounds(entry, _elements(entry).index))
+    state = _packing(entry).split(vector, *_kept(entry))
     error = state.pop("error").to(stored_error_dtype(entry.param.dtype, group["error_dtype"]), copy=True)
-    factors = {key: state[key].clone() for key in ("exp_avg", "exp_avg_sq", "projector")}
+    dtype = compute_dtype(entry.param.dtype)
+    factors = {key: state[key].to(dtype, copy=True) for key in ("exp_avg", "exp_avg_sq", "projector")}
     kept = {"error": error} if group["error_feedback"] else {}
     return {"step": torch.tensor(float(step)), **factors, **kept}
 
 
 def _exchanged(
     entries: Sequence[Entry],
-    vectors: Mapping[str, Tensor],
+    vector_of: Callable[[Entry], Tensor],
     partition: FlatPartition,
     dtype: torch.dtype,
     to_planes: bool,
@@ -245,26 +250,23 @@ def _exchanged(
 
     Args:
         entries: matrices in which this process takes part; in the same order on all that share one.
-        vectors: what this process has of each.
+        vector_of: gives what this process has of one.
     """
-    have, want = (_in_states, _in_planes) if to_planes else (_in_planes, _in_states)
-    cut = [entry for entry in entries if not entry.layout().whole]
+    cut = []
     for entry in entries:
         if entry.layout().whole:
-            yield entry, vectors[entry.name]
+            yield entry, vector_of(entry)
+        else:
+            cut.append(entry)
     totals = itertools.accumulate(_elements(entry).starts[-1] for entry in cut)
-    windows = itertools.groupby(zip(totals, cut, strict=True), key=lambda both: both[0] // WINDOW)
-    for _, window in windows:
+    for _, window in itertools.groupby(zip(totals, cut, strict=True), key=lambda both: both[0] // WINDOW):
         members = [entry for _, entry in window]
         moved = [
-            (
-                vectors[entry.name].to(partition.device),
-                [have(entry, p) for p in range(entry.layout().processes)],
-                [want(entry, p) for p in range(entry.layout().processes)],
-            )
+            (vector_of(entry).to(partition.device), _everyones(entry, not to_planes), _everyones(entry, to_planes))
             for entry in members
         ]
-        axis = members[0].layout().over_m if members[0].side == "left" else members[0].layout().over_n
+        layout = members[0].layout()
+        axis = layout.over_m if members[0].side == "left" else layout.over_n
         like = torch.empty(0, dtype=dtype, device=partition.device)
         yield from zip(members, (vector.cpu() for vector in _redistribute(moved, axis, like)), strict=True)
 
@@ -307,26 +309,41 @@ def _packing(entry: Entry) -> Packing:
     return Packing(*entry.matrices[1:], entry.group["rank"], entry.side)
 
 
-def _bounds(entry: Entry, process: int) -> tuple[Bounds, Bounds, Bounds]:
-    """(error's rows, projector's rows, moments' columns) that a process keeps of a matrix."""
+def _bounds(entry: Entry) -> list[tuple[Bounds, Bounds, Bounds]]:
+    """(error's rows, projector's rows, moments' columns) that each process keeps which shares a matrix."""
     layout, rank = entry.layout(), entry.group["rank"]
     if layout.whole:
-        return _packing(entry).whole
+        return [_packing(entry).whole]
     left = entry.side == "left"
-    place = (process, 0) if left else (0, process)
-    rows = (layout.m_pieces if left else layout.n_pieces).bounds[process]
-    projector, _ = layout.bounds(Part("projector", layout.m, rank), place)
-    _, moments = layout.bounds(Part("moments", rank, layout.n), place)
-    return rows, projector, moments
+    projector, moments = Part("projector", layout.m, rank), Part("moments", rank, layout.n)
+    places = [(p, 0) if left else (0, p) for p in range(layout.processes)]
+    rows = (layout.m_pieces if left else layout.n_pieces).bounds
+    return [
+        (bounds, layout.bounds(projector, place)[0], layout.bounds(moments, place)[1])
+        for bounds, place in zip(rows, places, strict=True)
+    ]
 
 
-def _in_states(entry: Entry, process: int) -> Runs:
-    return _packing(entry).states_at(*_bounds(entry, process))
+def _kept(entry: Entry) -> tuple[Bounds, Bounds, Bounds]:
+    """What this process keeps."""
+    bounds = _bounds(entry)
+    return bounds[_elements(entry).index if len(bounds) > 1 else 0]
 
 
-def _in_planes(entry: Entry, process: int) -> Runs:
-    starts = _elements(entry).starts
-    return _packing(entry).planes_at(starts[process], starts[process + 1])
+def _everyones(entry: Entry, in_planes: bool) -> list[Runs]:
+    """Where in the vector of a cut matrix each process has its pieces of the planes, or its parts of the states."""
+    packing = _packing(entry)
+    if in_planes:
+        return [packing.planes_at(start, stop) for start, stop in itertools.pairwise(_elements(entry).starts)]
+    return [packing.states_at(*bounds) for bounds in _bounds(entry)]
+
+
+def _mine(entry: Entry, in_planes: bool) -> Runs:
+    """The same of this process."""
+    packing, elements = _packing(entry), _elements(entry)
+    if in_planes:
+        return packing.planes_at(*elements.starts[elements.index : elements.index + 2])
+    return packing.states_at(*_kept(entry))
 
 
 def _run(entry: Entry, flat: Tensor) -> Tensor:

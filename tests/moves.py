@@ -25,7 +25,7 @@ Weights = dict[str, Tensor]
 
 
 class MixedNet(nn.Module):
-    """Experts, a convolution and a long matrix, and what is not trained like them: tied, frozen, unused, and a buffer."""
+    """Experts, a convolution, a long matrix, and what is not trained like them: tied, frozen, unused, a buffer."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Universal checkpoints: DeepSpeed's own conversion of a run with LDAdamW is taken up at other stages and numbers of ranks."""
+"""Universal checkpoints: what DeepSpeed's own tool makes of a run is taken up at other stages and numbers of ranks."""
 
 from __future__ import annotations
 
@@ -23,9 +23,14 @@ from moves import (
     make_universal,
     saved_by_engine,
 )
+from test_flat import flat, optimizer_of
+from torch import Tensor
 from zero_runs import Run, engine_of, train_step, whole_model
 
+from ldadam_dist import LDAdamW
 from ldadam_dist.packing import Packing, dtypes_of, overlaps, planes_of, read_planes
+from ldadam_dist.partitions import FlatParam, FlatPartition
+from ldadam_dist.universal import KEY, FlatForm
 from ldadam_dist.zero_files import FP32, MOMENTS, RankFolder, UniversalFolder
 
 pytest.importorskip("deepspeed")
@@ -66,6 +71,73 @@ def test_no_rank_takes_more_than_four_planes() -> None:
 
 def test_overlaps_are_told_in_the_order_of_the_vector() -> None:
     assert list(overlaps([(0, 4), (10, 12)], [(2, 3), (3, 11)])) == [(2, 0, 1), (3, 1, 1), (4, 8, 1)]
+
+
+SHAPES = {"wide": (5, 23), "tall": (31, 4), "square": (9, 9), "stack": (3, 6, 7), "vector": (13,), "short": (3, 40)}
+"""On five ranks also matrices of which some have less than a row, or nothing."""
+
+
+def filled(rank: int, proj_type: str, each: bool, options: dict[str, Any]) -> tuple[LDAdamW, FlatPartition, FlatForm]:
+    """An optimizer of flat tensors in which every state is of random numbers."""
+    partition = flat(SHAPES, each=each)
+    optimizer = optimizer_of(partition, rank=rank, proj_type=proj_type, **options)
+    partition.tensor.grad = torch.zeros_like(partition.tensor)
+    optimizer.step()
+    torch.manual_seed(dist.get_rank())
+    for state in optimizer.state[partition.tensor].values():
+        for key, tensor in state.items():
+            tensor.copy_(torch.full((), 3.0) if key == "step" else torch.randn(tensor.shape))
+    assert optimizer._partitions is not None
+    return optimizer, partition, FlatForm([partition], optimizer._partitions)
+
+
+def kinds() -> Iterator[tuple[int, str, bool, dict[str, Any]]]:
+    options: list[dict[str, Any]] = [
+        {},
+        {"error_dtype": "float64"},
+        {"error_dtype": "bfloat16"},
+        {"error_feedback": False},
+    ]
+    for rank, proj_type, each in itertools.product((1, 3, 8), ("left", "right"), (True, False)):
+        yield rank, proj_type, each, options[rank % len(options)]
+
+
+def round_trips() -> None:
+    """Through the flat tensors of these ranks, and through whole ones."""
+    for kind in kinds():
+        optimizer, partition, form = filled(*kind)
+        names = list(optimizer.state[partition.tensor])
+        saved = form.save(optimizer, optimizer.state_dict())
+        assert saved["state"][0].keys() == {"exp_avg", "exp_avg_sq"}
+        here = form.load(optimizer, saved)["state"][0]
+        pieces: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(pieces, saved["state"][0])
+        whole = {
+            param.name: tuple(joined(partition, param, pieces, key) for key in MOMENTS) for param in partition.params
+        }
+        about = saved["param_groups"][0]
+        ((_, again),) = form.from_files([about], about[KEY], whole.__getitem__)
+        assert names == list(here) == list(again)
+        for name, state in optimizer.state[partition.tensor].items():
+            for other in (here[name], again[name]):
+                assert state.keys() == other.keys()
+                for key, tensor in state.items():
+                    assert torch.equal(tensor, other[key]), f"{key} of {name}"
+                    assert tensor.dtype == other[key].dtype
+
+
+def joined(partition: FlatPartition, param: FlatParam, pieces: list[Any], key: str) -> Tensor:
+    """A whole parameter from the flat tensors of all ranks."""
+    starts = param.elements.starts
+    offsets: list[Any] = [None] * len(pieces)
+    dist.all_gather_object(offsets, param.elements.offset)
+    runs = zip(pieces, offsets, itertools.pairwise(starts), strict=True)
+    return torch.cat([piece[key][at : at + stop - start] for piece, at, (start, stop) in runs])
+
+
+@pytest.mark.parametrize("ranks", [3, *(pytest.param(ranks, marks=pytest.mark.slow) for ranks in (1, 2, 5))])
+def test_states_come_back_to_the_bit_wherever_matrices_are_cut(ranks: int) -> None:
+    run_ranks(ranks, round_trips)
 
 
 LLAMA = {

@@ -1,7 +1,7 @@
 """What is relied on of DeepSpeed's checkpoints: how its engine saves LDAdamW's states, and loads universal ones.
 
-The engine's own way to load a universal checkpoint wants one step for all parameters, gives all groups of ZeRO-3 the settings
-of the first, and finds no file of another stage. So LDAdamW's states and the master weights are loaded here.
+The engine's own way to load a universal checkpoint gives all groups of ZeRO-3 the settings of the first, does not load
+what ZeRO-1 or 2 saved into ZeRO-3 or the reverse, and leaves out buffers and frozen parameters. So it is done here.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class ZeroCheckpoints:
     def _model_files(self, load_dir: str, tag: str) -> list[str]:
         """The model's file; the engine asks for it before it loads anything, so the rest is checked here."""
         self._optimizer.attach_found()
-        self._folder = UniversalFolder(Path(load_dir) / tag)
+        self._folder = UniversalFolder(Path(load_dir) / str(tag))
         self._check(self._folder)
         found: list[str] = self._names(load_dir, tag)
         return found or [str(path) for name in MODEL_FILES if (path := self._folder.folder / name).is_file()][:1]
@@ -129,7 +129,8 @@ class ZeroCheckpoints:
     def _load_states(self, checkpoint_folder: str, load_optimizer_states: bool, load_from_fp32_weights: bool) -> None:
         """In the place of the same of the engine's optimizer: weights, and states if they are wanted."""
         folder, zero = self._folder, self._engine.optimizer
-        assert folder is not None and self._layout is not None
+        assert folder is not None
+        assert self._layout is not None
         if self._engine.zero_optimization_stage() == 3:
             zero.load_module_checkpoint_state_from_checkpoint_dir_stage3(checkpoint_folder, True)
         else:  # the engine then gives them to the model
@@ -175,7 +176,7 @@ class ZeroCheckpoints:
         trained = {param.name for partition in self._layout.partitions for param in partition.params}
         module = self._engine.module
         kept = {name: p for name, p in module.named_parameters() if name not in trained}
-        kept |= {name: buffer for name, buffer in module.named_buffers()}
+        kept |= dict(module.named_buffers())
         for name, tensor in folder.rest():
             if name not in kept:
                 continue
