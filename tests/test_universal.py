@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import re
 import shutil
@@ -202,7 +203,42 @@ def load_all(root: str, ranks: int) -> dict[str, Any]:
     if ranks == 4:
         for source, target in HALF_MOVES:
             save_again(RUNS[target], f"{root}/{source}", f"again {target}")
+    if ranks == 2:
+        found["by name"] = loaded_by_name(RUNS["3"])
+        found["other rank"] = error_of(RUNS["2"], f"{root}/2", {"rank": 3})
     return found
+
+
+def loaded_by_name(run: Run) -> bool:
+    """Whether a state dict with the states as they are, which is what was saved before, loads as they are."""
+    with engine_of(run) as (engine, _):
+        train_step(run, engine, 0)
+        optimizer, zero = engine.basic_optimizer, engine.optimizer
+        zero._set_fp32_optimizer_param_groups()
+        before = copy.deepcopy(list(optimizer.state.values()))
+        groups = [{k: v for k, v in group.items() if k != KEY} for group in optimizer.state_dict()["param_groups"]]
+        zero._clear_fp32_optimizer_param_groups()
+        train_step(run, engine, 1)
+        zero._set_fp32_optimizer_param_groups()
+        optimizer.load_state_dict({"state": dict(enumerate(before)), "param_groups": groups})
+        zero._clear_fp32_optimizer_param_groups()
+        pairs = zip(before, optimizer.state.values(), strict=True)
+        return all(
+            torch.equal(tensor, now[name][key])
+            for was, now in pairs
+            for name, state in was.items()
+            for key, tensor in state.items()
+        )
+
+
+def error_of(run: Run, folder: str, params: dict[str, Any]) -> str:
+    """That of loading a default checkpoint with other settings."""
+    with engine_of(Run("", run.model, run.zero, run.config, {**run.params, **params})) as (engine, _):
+        try:
+            engine.load_checkpoint(folder, tag="saved")
+        except ValueError as error:
+            return str(error)
+    return "accepted"
 
 
 HALF_MOVES = [("1 bf16", "3 bf16"), ("3 bf16", "bf16 optimizer"), ("bf16 optimizer", "1 bf16")]
@@ -255,6 +291,16 @@ def test_what_is_loaded_is_what_was_saved(source: str, target: str, root: Path) 
     for name in before.params:
         for key in (FP32, *MOMENTS):
             assert torch.equal(before.tensor(name, key), after.tensor(name, key)), f"{key} of {name}"
+
+
+@pytest.mark.slow
+def test_states_that_were_saved_by_name_still_load(root: Path) -> None:
+    assert loaded(root, 2)["by name"]
+
+
+@pytest.mark.slow
+def test_a_default_checkpoint_of_another_rank_is_refused(root: Path) -> None:
+    assert "was saved with rank=2, this optimizer has rank=3" in loaded(root, 2)["other rank"]
 
 
 REFUSED = {
