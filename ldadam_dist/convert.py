@@ -173,18 +173,17 @@ def _to_dcp(source: ZeroFolder, target: Path) -> None:
         about, group = source.params[name], source.groups[source.group_of[name]]
         return unpack(about["shape"], group, about["steps"], [source.tensor(name, key) for key in MOMENTS])
 
-    def weights_of(name: str) -> Tensor:
-        return source.tensor(name, FP32).view(source.params[name]["shape"])
-
     for name, about in source.params.items():
         group = source.groups[source.group_of[name]]
         model[name] = torch.empty(about["shape"], device="meta")
-        make[f"model.{name}"] = functools.partial(weights_of, name)
+        make[f"model.{name}"] = functools.partial(source.weights, name)
         optimizer[name] = {}
         for key, (shape, dtype) in _described(about["shape"], group).items():
             optimizer[name][key] = torch.empty(shape, dtype=dtype, device="meta")
             make[f"optimizer.state.{name}.{key}"] = functools.partial(lambda name, key: state_of(name)[key], name, key)
-    model.update(source.rest())  # mapped, not read
+    for name, read in source.rest().items():
+        model[name] = torch.empty_like(read(), device="meta")
+        make[f"model.{name}"] = read
     groups = []
     for number, group in enumerate(source.groups):
         names = [name for name in source.params if source.group_of[name] == number]

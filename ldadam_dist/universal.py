@@ -40,7 +40,7 @@ class FlatForm:
     """
 
     def __init__(self, partitions: Sequence[FlatPartition], found: Partitions) -> None:
-        self.partitions, self._found = partitions, found
+        self._partitions, self._found = partitions, found
 
     def save(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         """The state dict with a state of exp_avg and exp_avg_sq, on the CPU, for each flat tensor."""
@@ -61,6 +61,9 @@ class FlatForm:
         """
         if not any(KEY in group for group in state_dict["param_groups"]):
             return state_dict
+        numbers, here = ([len(g["params"]) for g in of] for of in (state_dict["param_groups"], optimizer.param_groups))
+        if numbers != here:
+            return state_dict  # torch says what differs
         groups = [dict(group) for group in state_dict["param_groups"]]
         saved = [group.pop(KEY, {}) for group in groups]
         state = dict(state_dict["state"])
@@ -104,7 +107,7 @@ class FlatForm:
     def _numbered(self, groups: Sequence[Mapping[str, Any]]) -> Iterator[tuple[FlatPartition, int]]:
         """Each flat tensor with its number in a state dict."""
         numbers = [iter(group["params"]) for group in groups]
-        for partition in self.partitions:
+        for partition in self._partitions:
             yield partition, next(numbers[partition.group_index])
 
     def _check(

@@ -6,7 +6,7 @@ import functools
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,21 +102,31 @@ class ZeroFolder(ABC):
         """What the engine saved of the model and of itself, in ZeRO-3 on the first rank."""
         return self._models[0]
 
-    def rest(self) -> Iterator[tuple[str, Tensor]]:
-        """What else the model has: buffers, frozen parameters, and other names of parameters."""
+    def rest(self) -> dict[str, Callable[[], Tensor]]:
+        """What else the model has, and what reads it: buffers, frozen parameters, and other names of parameters."""
         shared = self.model.get("shared_params") or {}
         shapes = self.model.get("frozen_param_shapes") or {}
+        found: dict[str, Callable[[], Tensor]] = {}
         for name, tensor in self.model["module"].items():
             kept = shared.get(name, name)  # tied weights are kept once
             if name in self.params or not isinstance(tensor, Tensor):
                 continue
             if kept in self.params:
-                yield name, self.tensor(kept, FP32).view(self.params[kept]["shape"])
-            elif kept in shapes and tensor.shape != shapes[kept]:  # partitioned, like all parameters in ZeRO-3
-                parts = [model["frozen_param_fragments"][kept].reshape(-1) for model in self._models]
-                yield name, torch.cat(parts)[: math.prod(shapes[kept])].view(shapes[kept])
+                found[name] = functools.partial(self.weights, kept)
+            elif kept in shapes and tensor.shape != shapes[kept]:
+                found[name] = functools.partial(self._joined, kept, shapes[kept])
             else:
-                yield name, tensor
+                found[name] = tensor.clone
+        return found
+
+    def weights(self, name: str) -> Tensor:
+        """Weights of a trained parameter, in its shape."""
+        return self.tensor(name, FP32).view(self.params[name]["shape"])
+
+    def _joined(self, name: str, shape: Sequence[int]) -> Tensor:
+        """A frozen parameter, which is partitioned in ZeRO-3 like all parameters."""
+        parts = [model["frozen_param_fragments"][name].reshape(-1) for model in self._models]
+        return torch.cat(parts)[: math.prod(shape)].view(list(shape))
 
 
 class UniversalFolder(ZeroFolder):
@@ -144,19 +154,20 @@ class UniversalFolder(ZeroFolder):
         return path
 
     def tensor(self, name: str, key: str) -> Tensor:
+        return self._whole(name, key).view(-1)
+
+    def rest(self) -> dict[str, Callable[[], Tensor]]:
+        found = super().rest()
+        for path in sorted((self.folder / "zero").glob(f"*/{FP32}.pt")):
+            name = path.parent.name
+            if name not in self.params:
+                found.setdefault(name, functools.partial(self._whole, name))
+        return found
+
+    def _whole(self, name: str, key: str = FP32) -> Tensor:
         found = read(self.path(name, key))
         tensor: Tensor = found["param"] if isinstance(found, Mapping) else found
-        return tensor.view(-1)
-
-    def rest(self) -> Iterator[tuple[str, Tensor]]:
-        seen = set(self.params)
-        for name, tensor in super().rest():
-            seen.add(name)
-            yield name, tensor
-        for path in sorted((self.folder / "zero").glob(f"*/{FP32}.pt")):
-            if path.parent.name not in seen:
-                found = read(path)
-                yield path.parent.name, found["param"] if isinstance(found, Mapping) else found
+        return tensor
 
 
 class RankFolder(ZeroFolder):

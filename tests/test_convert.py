@@ -183,7 +183,7 @@ def test_the_converter_and_ds_to_universal_read_the_same(name: str, root: Path) 
     for param in expected.params:
         for key in (FP32, *MOMENTS):
             assert torch.equal(expected.tensor(param, key), found.tensor(param, key)), f"{key} of {param}"
-    rest = dict(expected.rest())
-    for other, tensor in found.rest():
-        assert torch.equal(tensor.float(), rest[other].float()), other
-    assert {key for key, _ in found.rest()} == rest.keys()
+    rest, others = expected.rest(), found.rest()
+    assert rest.keys() == others.keys()
+    for other, read in others.items():
+        assert torch.equal(read().float(), rest[other]().float()), other

@@ -206,6 +206,7 @@ def load_all(root: str, ranks: int) -> dict[str, Any]:
     if ranks == 2:
         found["by name"] = loaded_by_name(RUNS["3"])
         found["other rank"] = error_of(RUNS["2"], f"{root}/2", {"rank": 3})
+        found["other sub-groups"] = error_of(RUNS["3 offload"], f"{root}/3", {})
     return found
 
 
@@ -299,8 +300,9 @@ def test_states_that_were_saved_by_name_still_load(root: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_default_checkpoint_of_another_rank_is_refused(root: Path) -> None:
+def test_a_default_checkpoint_of_other_settings_is_refused(root: Path) -> None:
     assert "was saved with rank=2, this optimizer has rank=3" in loaded(root, 2)["other rank"]
+    assert "doesn't match the size" in loaded(root, 2)["other sub-groups"]
 
 
 REFUSED = {

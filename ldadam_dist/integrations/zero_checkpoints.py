@@ -160,7 +160,7 @@ class ZeroCheckpoints:
         groups = self._optimizer.param_groups
         numbers = iter(range(sum(len(group["params"]) for group in groups)))
         saved: list[dict[str, Any]] = [
-            {**settings, "params": [next(numbers) for _ in group["params"]]}
+            {**group, **settings, "params": [next(numbers) for _ in group["params"]]}
             for group, settings in zip(groups, self._saved_groups(folder), strict=True)
         ]
 
@@ -177,10 +177,10 @@ class ZeroCheckpoints:
         module = self._engine.module
         kept = {name: p for name, p in module.named_parameters() if name not in trained}
         kept |= dict(module.named_buffers())
-        for name, tensor in folder.rest():
+        for name, read in folder.rest().items():
             if name not in kept:
                 continue
-            target, flat = kept[name], tensor.reshape(-1)
+            target, flat = kept[name], read().reshape(-1)
             if hasattr(target, "ds_tensor"):  # ZeRO-3: each rank has a part
                 length = target.partition_numel()
                 flat = flat[dist.get_rank(target.ds_process_group) * length :][:length]
