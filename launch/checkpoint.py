@@ -2,7 +2,7 @@
 
     step_000400/
       .metadata, __0_0.distcp, ...   torch.distributed.checkpoint: loads on any number of ranks
-      zero/, latest, ...             instead, under DeepSpeed: loads on as many ranks with the same JSON
+      zero/, latest, ...             instead, under DeepSpeed: loads on as many ranks with the same JSON, or converted
       trainer.json                   step, tokens, schedule, position in the data, options
       tokenizer.json                 what the tokens mean
       rng_0.pt, ...                  random states, one file a rank
@@ -97,13 +97,14 @@ class Checkpointer:
         """End the thread, when what it writes is written."""
         self._thread.shutdown()
 
-    def load(self, checkpoint: Path) -> None:
+    def load(self, checkpoint: Path, source: Path) -> None:
         """Restore model, optimizer and random state; this run's checkpoints of later steps are set aside.
 
         Args:
             checkpoint: an absolute path.
+            source: model and optimizer as the engine can load them; the same folder, or a conversion.
         """
-        self.engine.load(checkpoint)
+        self.engine.load(source)
         saved = len(list(checkpoint.glob("rng_*.pt")))
         set_rng_state(torch.load(checkpoint / f"rng_{self._world.dp_rank % saved}.pt", weights_only=True))
         if checkpoint.parent == self.folder.resolve():  # of this run

@@ -15,15 +15,13 @@ from launch.checksums import find_damage
 from launch.config import Config, expect
 from launch.distributed import World
 from launch.runlog import LOG_FILE
-from launch.zero import check_resume
 
 CHECKPOINTS = "checkpoints"
 CONFIG_FILE = "config.yaml"
 LAUNCH_FILE = "launch_id"
 # What a resumed run may change without becoming another run.
 FREE_ON_RESUME = {
-    *("steps", "micro_batch_size", "parallel", "activation_checkpointing", "cache_dir"),
-    "deepspeed",  # its contents are compared
+    *("steps", "micro_batch_size", "parallel", "deepspeed", "activation_checkpointing", "cache_dir"),
     *("eval_every", "log_every", "save_every", "save_minutes", "keep_last", "async_save", "timeout_minutes"),
     *("output_dir", "resume"),
 }
@@ -112,10 +110,9 @@ def differences(saved: dict[str, Any], config: Config) -> str:
     return ", ".join(f"{key}={current[key]!r} (was {saved.get(key)!r})" for key in different)
 
 
-def read_trainer_state(checkpoint: Path, config: Config, zero: dict[str, Any] | None, world: World) -> dict[str, Any]:
-    """What the trainer saved, after checking that it belongs to a run with these options and DeepSpeed's settings."""
+def read_trainer_state(checkpoint: Path, config: Config) -> dict[str, Any]:
+    """What the trainer saved, after checking that it belongs to a run with these options."""
     trainer: dict[str, Any] = json.loads((checkpoint / TRAINER_FILE).read_text(encoding="utf-8"))
     different = differences(trainer["config"], config)
     expect(not different, f"resume: {checkpoint} belongs to a run with other options: {different}. Give the same ones")
-    check_resume(checkpoint, trainer, {"deepspeed": zero, "ranks": world.size})
     return trainer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import signal
 import statistics
@@ -14,6 +15,7 @@ import torch
 
 from launch.checkpoint import TOKENIZER_FILE, Checkpointer
 from launch.config import Config, expect
+from launch.crossing import converted, needs_conversion
 from launch.data import Sequences, local_slice, training_sequences, validation_sequences
 from launch.distributed import World
 from launch.engine import Engine, TorchEngine
@@ -44,7 +46,8 @@ class Trainer:
         self.micro_batch_size = micro_batch_size(config, world)
         self.zero = zero_settings(config, world, self.micro_batch_size) if config.model.deepspeed else None
         self.folder, checkpoint = find_run(config, world)
-        saved = read_trainer_state(checkpoint, config, self.zero, world) if checkpoint else None
+        saved = read_trainer_state(checkpoint, config) if checkpoint else None
+        crosses = saved is not None and needs_conversion(saved, {"deepspeed": self.zero, "ranks": world.size})
 
         source = open_source(config.data)
         encoder = load_tokenizer(config.data, source, world, checkpoint / TOKENIZER_FILE if checkpoint else None)
@@ -53,7 +56,7 @@ class Trainer:
         self.validation_data: np.ndarray = validation_sequences(config.data, source, encoder, world)
         model = build_model(config, encoder)
         self.engine: Engine = (
-            ZeroEngine(model, config, self.zero, world) if self.zero else TorchEngine(model, config, world)
+            ZeroEngine(model, config, self.zero, world, crosses) if self.zero else TorchEngine(model, config, world)
         )
         self.scheduler = build_scheduler(self.engine.optimizer, config.optimizer, config.run.steps)
         run = config.run
@@ -69,7 +72,10 @@ class Trainer:
                 saved["tokenizer"] == encoder.fingerprint,
                 f"resume: {checkpoint} was trained with another tokenizer: restore the data it was trained on",
             )
-            self.checkpointer.load(checkpoint)
+            from_zero, to_zero = saved["deepspeed"] is not None, self.zero is not None
+            copy = converted(checkpoint, self.checkpointer.folder, from_zero, to_zero, world)
+            with copy if crosses else contextlib.nullcontext(checkpoint) as source:
+                self.checkpointer.load(checkpoint, source)
             self.scheduler.load_state_dict(saved["scheduler"])
             self.data.load_state_dict(saved["data"])
             self.progress = Progress(saved["step"], saved["tokens"], saved["elapsed_seconds"])

@@ -32,14 +32,18 @@ OPTIMIZERS = {"ldadamw": ("LDAdamW",), "adamw": ("LDAdamW", "AdamW")}
 
 
 class ZeroEngine(Engine):
-    """A DeepSpeed engine; its checkpoints need as many ranks and the same JSON.
+    """A DeepSpeed engine; its checkpoints need as many ranks and the same JSON, or a conversion (launch/crossing.py).
 
     Args:
         settings: from `zero_settings`.
+        universal: whether a universal checkpoint is going to be loaded.
     """
 
-    def __init__(self, model: LlamaForCausalLM, config: Config, settings: dict[str, Any], world: World) -> None:
+    def __init__(
+        self, model: LlamaForCausalLM, config: Config, settings: dict[str, Any], world: World, universal: bool
+    ) -> None:
         super().__init__(model, config, world)
+        self._universal = universal
         self.parallel = f"ZeRO-{settings['zero_optimization']['stage']}"
         prepare_deepspeed(world)
         import deepspeed
@@ -47,6 +51,7 @@ class ZeroEngine(Engine):
         from ldadam_dist.integrations.deepspeed import initialize
 
         settings = copy.deepcopy(settings)
+        settings["checkpoint"]["load_universal"] = universal
         try:
             if config.optimizer.optimizer == "ldadamw":
                 self.module, *_ = initialize(model=model, model_parameters=list(model.parameters()), config=settings)
@@ -78,7 +83,10 @@ class ZeroEngine(Engine):
         return lambda: None
 
     def load(self, folder: Path) -> None:
-        self.module.load_checkpoint(str(folder), tag=TAG)
+        if self._universal:  # the schedule is the trainer's
+            self.module.load_checkpoint(str(folder.parent), tag=folder.name, load_lr_scheduler_states=False)
+        else:
+            self.module.load_checkpoint(str(folder), tag=TAG)
 
 
 def prepare_deepspeed(world: World) -> None:
@@ -131,6 +139,7 @@ def zero_settings(config: Config, world: World, micro_batch_size: int) -> dict[s
         "gradient_clipping": (options.clip, f"clip={options.clip}"),
         "bf16.enabled": (uses_bf16(config.model, world), precision),
         "fp16.enabled": (False, precision),
+        "checkpoint.load_universal": (False, "the trainer converts checkpoints by itself"),
         "optimizer.type": (named, f"optimizer={options.optimizer}"),
         "optimizer.params.betas": (list(options.resolved_betas), f"betas={list(options.resolved_betas)}"),
     }
@@ -182,20 +191,3 @@ def leaves(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
             yield from leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
-
-
-def check_resume(checkpoint: Path, saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
-    """Whether a checkpoint can be taken up; both say ``ranks`` and ``deepspeed``, its settings, None without it."""
-    before, now = saved.get("deepspeed"), current["deepspeed"]
-    if before is None and now is None:
-        return
-    expect(before is not None, f"resume: {checkpoint} was saved without DeepSpeed: remove --deepspeed")
-    expect(now is not None, f"resume: {checkpoint} was saved under DeepSpeed: give --deepspeed")
-    was, has = {"ranks": saved["ranks"], **dict(leaves(before))}, {"ranks": current["ranks"], **dict(leaves(now))}
-    different = [key for key in {**was, **has} if key not in FREE_ON_RESUME and was.get(key) != has.get(key)]
-    found = ", ".join(f"{key}={has.get(key)!r} (was {was.get(key)!r})" for key in different)
-    expect(
-        not different,
-        f"resume: {checkpoint} was saved under another configuration of DeepSpeed: {found}. "
-        "ZeRO's checkpoints load with the same one, on the same number of ranks",
-    )

@@ -131,22 +131,28 @@ def test_resumed_goes_on_exactly(name: str, run: Run, tiny_config: Path, tmp_pat
     assert_same_curves(read_log(folder), read_log(whole), relative=0)
 
 
-def test_resuming_under_another_configuration_is_refused(
-    run: Run, plain: Run, tiny_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("saved", "size", "options"),
+    [
+        ("zero2", 2, ()),  # FSDP2
+        pytest.param("zero2", 2, under("zero3"), marks=pytest.mark.slow),
+        pytest.param("zero3", 2, under("zero1"), marks=pytest.mark.slow),
+        pytest.param("zero3", 4, under("zero3"), marks=pytest.mark.slow),
+        pytest.param("zero1", 1, under("zero1"), marks=pytest.mark.slow),
+        pytest.param("zero3_offload", 1, (), marks=pytest.mark.slow),
+        pytest.param(None, 2, under("zero3"), marks=pytest.mark.slow),
+        pytest.param(None, 2, under("zero2"), marks=pytest.mark.slow),
+    ],
+)
+def test_resumed_by_other_ranks_and_engines(
+    saved: str | None, size: int, options: tuple[str, ...], run: Run, plain: Run, tiny_config: Path, tmp_path: Path
 ) -> None:
-    """Before DeepSpeed starts, so in this process."""
-    saved = run(*under("zero2")) / "checkpoints" / "step_000006"
-    torch_saved = plain("ldadamw") / "checkpoints" / "step_000006"
-    refused = {
-        (saved, *under("zero2")): "ranks=1 (was 2)",
-        (saved, *under("zero3")): "zero_optimization.stage=3 (was 2)",
-        (saved,): "give --deepspeed",
-        (torch_saved, *under("zero2")): "remove --deepspeed",
-    }
-    for (checkpoint, *options), named in refused.items():
-        given = ["--config", str(tiny_config), "--output_dir", str(tmp_path / "run"), "--resume", str(checkpoint)]
-        assert pretrain([*given, *options]) == 2
-        assert named in capsys.readouterr().err
+    """Of the same command but for --deepspeed; what was converted on the way does not stay."""
+    whole = run(*under(saved)) if saved else plain("ldadamw")
+    folder = interrupted(whole, tmp_path / "run")
+    run_like_torchrun(size, pretrain, ["--config", str(tiny_config), "--output_dir", str(folder), *options])
+    assert_same_curves(read_log(folder), read_log(whole), relative=2e-5)
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step_000006", "step_000010"]
 
 
 @pytest.mark.parametrize("optimizer", ["ldadamw", "adamw"])
