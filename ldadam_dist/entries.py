@@ -93,6 +93,11 @@ class Entry:
         return self.adapter.layout(*self.matrices[1:], self.side, self.group["rank"])
 
 
+def first_matrix(entries: Iterable[Entry]) -> str:
+    """Name of the first parameter that is projected."""
+    return next((entry.name for entry in entries if entry.matrices is not None), "of which there is none here")
+
+
 def groups_of(entries: Iterable[Entry]) -> list[tuple[Any, torch.device]]:
     """The process groups of all parameters with their devices, in an order that does not depend on the parameters.
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from ldadam_dist.entries import MISSING, NONZERO, UNUSABLE, ZERO, Entry, groups_of
-from ldadam_dist.runtime import agree
+from ldadam_dist.runtime import agree, collective, ranks_of
 
 
 def largest_gradient(dtype: torch.dtype) -> float:
@@ -47,13 +48,18 @@ def inspect_gradients(entries: Sequence[Entry]) -> bool:
             )
         redistributed = [entry for entry, differs in zip(entries, moved, strict=True) if differs]
         for entry in redistributed:
-            entry.local_grad = entry.adapter.grad(entry.param)
+            with collective(f"redistribute (of the gradient of {entry.name})", partial(_sharing, entry)):
+                entry.local_grad = entry.adapter.grad(entry.param)
         _read(redistributed)
         (present, *_), _, unusable = _agree(entries, [present, moved, kept])
     for entry, has_gradient in zip(entries, present, strict=True):
         if has_gradient:
             entry.statuses = [max(status, ZERO) for status in entry.statuses]
     return unusable
+
+
+def _sharing(entry: Entry) -> set[int]:
+    return {rank for group, _ in entry.adapter.groups for rank in ranks_of(group)}
 
 
 def _agree(entries: Sequence[Entry], flags: Sequence[Sequence[bool]]) -> tuple[list[list[bool]], bool, bool]:

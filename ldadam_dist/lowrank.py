@@ -15,7 +15,7 @@ from ldadam_dist.fragments import CutMatrix, complete_rows, hand_back
 from ldadam_dist.plan import Unit, make_plan
 from ldadam_dist.requests import Exchange
 from ldadam_dist.rules import compute_dtype
-from ldadam_dist.runtime import Job, run
+from ldadam_dist.runtime import Job, during, listed, run
 from ldadam_dist.state import matrices_here
 from ldadam_dist.step import Block, Hyper, ldadam_step, step_on_owner
 
@@ -74,11 +74,16 @@ def step_matrices(entries: Sequence[Entry], windows: Sequence[Sequence[Unit]]) -
                 moving.append(((*how, *where), unit, matrix))
             else:  # there is no direction yet to project on
                 matrices[unit.slot].weight.mul_(1 - hyper.lr * hyper.weight_decay)
-        run(_jobs(moving))
+        with during(partial(_stepped, entries, moving)):
+            run(_jobs(moving))
     for entry, moved in zip(entries, moves, strict=True):
         if entry.present:
             step = entry.state["step"]
             step += torch.tensor(moved, device=step.device) if len(moved) > 1 else moved[0]
+
+
+def _stepped(entries: Sequence[Entry], moving: Sequence[tuple[Any, Unit, Matrix]]) -> str:
+    return f"stepped {listed(dict.fromkeys(entries[unit.entry].name for _, unit, _ in moving))}"
 
 
 def _jobs(moving: Sequence[tuple[Any, Unit, Matrix]]) -> Iterator[Job]:

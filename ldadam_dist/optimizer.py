@@ -15,13 +15,14 @@ from ldadam_dist import arguments
 from ldadam_dist.adamw import step_vectors
 from ldadam_dist.adapters import Adapter, adapter_for
 from ldadam_dist.consistency import check_ranks_agree
-from ldadam_dist.entries import UNUSABLE, Entry
+from ldadam_dist.entries import UNUSABLE, Entry, first_matrix
 from ldadam_dist.gradients import inspect_gradients
 from ldadam_dist.lowrank import plan_windows, step_matrices
 from ldadam_dist.partitions import FlatPartition, Partitions
 from ldadam_dist.placement import Placement, placement
 from ldadam_dist.plan import WINDOW_ELEMENTS, Unit
 from ldadam_dist.rules import DEFAULT_RANK, global_shape, low_rank_matrices
+from ldadam_dist.runtime import during
 from ldadam_dist.state import init_state, stored_shapes
 
 
@@ -198,7 +199,8 @@ class LDAdamW(Optimizer):
                 first step; nothing has changed then.
             RuntimeError: ranks have different parameters or settings, found at the first step; a gradient that must
                 be redistributed is missing on some rank; or DeepSpeed has flattened the parameters and no engine is
-                attached. Nothing has changed then either.
+                attached. Nothing has changed then either. Or a collective failed, as a rank has stalled or died,
+                which is named with the matrices: the run must start again from its last checkpoint.
         """
         loss = None
         if closure is not None:
@@ -211,12 +213,13 @@ class LDAdamW(Optimizer):
             arguments.check_grad(entry.name, entry.param)
             arguments.check_storage(entry.name, entry.adapter.local(entry.param), entry.group["flatten"])
             arguments.check_unchanged(entry.name, entry.matrices is not None, entry.group, entry.state)
-        tensors = tuple(dict.fromkeys(id(entry.param) for entry in entries))
-        if tensors not in self._agreed:
-            check_ranks_agree(entries, self._window)
-            self._agreed.add(tensors)
-        overflowed = self._partitions is not None and self._partitions.overflowed()
-        unusable = overflowed or inspect_gradients(entries)
+        with during(lambda: f"compared gradients with others, before the first matrix, {first_matrix(entries)}"):
+            tensors = tuple(dict.fromkeys(id(entry.param) for entry in entries))
+            if tensors not in self._agreed:
+                check_ranks_agree(entries, self._window)
+                self._agreed.add(tensors)
+            overflowed = self._partitions is not None and self._partitions.overflowed()
+            unusable = overflowed or inspect_gradients(entries)
         for entry in entries:
             entry.state = self._state_of(entry)
             init_state(entry)

@@ -50,6 +50,20 @@ def run_ranks(
         return [torch.load(Path(folder) / f"result-{rank}", weights_only=False) for rank in range(world_size)]
 
 
+def run_failing(world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 3.0) -> list[str | None]:
+    """Call `function(*args)` on ranks of which some fail; the traceback of each that raised, and None of the others.
+
+    Args:
+        world_size, function, args: as for `run_ranks`.
+        timeout: of collectives, in seconds.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        codes = _run(world_size, _rank, (folder, timeout, "gloo", function, args), HANG_LIMIT, patience=30.0)
+        assert None not in codes, f"exit codes of the ranks (None: still running): {codes}"
+        paths = [Path(folder) / f"error-{rank}" for rank in range(world_size)]
+        return [path.read_text() if path.exists() else None for path in paths]
+
+
 def once(function: Callable[..., Any]) -> Callable[..., Any]:
     """Call a function once for the same arguments, for all tests that look at what it found; also if it failed."""
     found: dict[tuple[Any, ...], Any] = {}
@@ -79,19 +93,23 @@ def run_like_torchrun(world_size: int, main: Callable[[list[str]], int], argumen
     assert codes == [0] * world_size, f"exit codes of the ranks (None: still running): {codes}"
 
 
-def _run(world_size: int, target: Callable[..., None], args: tuple[Any, ...], timeout: float) -> list[int | None]:
-    """Exit codes of the ranks; None for those that had to be killed. No process outlives the call."""
+def _run(
+    world_size: int, target: Callable[..., None], args: tuple[Any, ...], timeout: float, patience: float = 1.0
+) -> list[int | None]:
+    """Exit codes of the ranks; None for those that had to be killed. No process outlives the call.
+
+    `patience` is how many seconds the others have after one failed, to tell their side.
+    """
     processes = [
         _context.Process(target=target, args=(rank, world_size, *args), daemon=True) for rank in range(world_size)
     ]
     for process in processes:
         process.start()
-    deadline = time.monotonic() + timeout
+    deadline, failed = time.monotonic() + timeout, False
     try:
         while any(p.is_alive() for p in processes) and time.monotonic() < deadline:
-            if any(p.exitcode not in (None, 0) for p in processes):
-                time.sleep(1.0)  # let the others tell their side
-                break
+            if any(p.exitcode not in (None, 0) for p in processes) and not failed:
+                failed, deadline = True, time.monotonic() + patience
             time.sleep(0.02)
         return [p.exitcode for p in processes]
     finally:

@@ -47,7 +47,7 @@ ALLOWED = {
     "lowrank": {"entries", "state", "plan", "costs", "buckets", "fragments", "step", "requests", "runtime", "rules"},
     "optimizer": {
         *("arguments", "rules", "adapters", "entries", "partitions", "gradients", "consistency", "state"),
-        *("adamw", "lowrank", "plan", "placement"),
+        *("adamw", "lowrank", "plan", "placement", "runtime"),
     },
     "__init__": {"_version", "optimizer", "param_groups", "traffic"},
 }

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -15,6 +16,7 @@ from torch.nn.functional import pad
 
 from ldadam_dist.layout import Axis
 from ldadam_dist.requests import Gather, ScatterSum, Send, Sum
+from ldadam_dist.runtime.failures import collective, complete
 
 # Newer names of the same collectives, where torch has them: the old ones warn there.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -66,7 +68,7 @@ def _pad(tensor: Tensor, dim: Literal[-2, -1], extra: int) -> Tensor:
 def answer_sums(requests: Sequence[Sum], axis: Axis) -> list[Tensor]:
     """One all-reduce."""
     total = flat((q.tensor for q in requests), requests[0].tensor)
-    dist.all_reduce(total, group=axis.group)
+    complete([partial(dist.all_reduce, total)], axis.group)
     return unflat(total, (q.tensor.shape for q in requests))
 
 
@@ -75,7 +77,7 @@ def answer_scatter_sums(requests: Sequence[ScatterSum], axis: Axis) -> list[Tens
     parts = [split(q.tensor, -1, q.axis) for q in requests]
     outgoing = torch.cat([part.flatten(1) for part in parts], dim=1)
     mine = outgoing.new_zeros(outgoing.shape[1])
-    _reduce_scatter(mine, outgoing.view(-1), group=axis.group)
+    complete([partial(_reduce_scatter, mine, outgoing.view(-1))], axis.group)
     answers = []
     for q, padded in zip(requests, unflat(mine, (part.shape[1:] for part in parts)), strict=True):
         start, stop = q.axis.bounds(q.tensor.shape[-1])
@@ -92,7 +94,7 @@ def answer_gathers(requests: Sequence[Gather], axis: Axis) -> list[Tensor]:
         padded.append(_pad(q.tensor, q.dim, q.axis.pieces(q.length).longest - q.tensor.shape[q.dim]))
     mine = flat(padded, padded[0])
     whole = mine.new_zeros(axis.count, mine.numel())
-    _all_gather(whole.view(-1), mine, group=axis.group)
+    complete([partial(_all_gather, whole.view(-1), mine)], axis.group)
     sections = whole.split([part.numel() for part in padded], dim=1)
     return [
         join(section.unflatten(1, part.shape), q.dim, q.axis, q.length)
@@ -118,24 +120,21 @@ def exchange(outgoing: Sequence[Sequence[Tensor]], sizes: Sequence[int], axis: A
     coming[axis.index] += 1
     parts = [[*tensors, like.new_zeros(1)] if p == axis.index else tensors for p, tensors in enumerate(outgoing)]
     received = like.new_zeros(sum(coming))
-    dist.all_to_all_single(received, flat((t for part in parts for t in part), like), coming, sent, group=axis.group)
+    outgoing_vector = flat((t for part in parts for t in part), like)
+    complete([partial(dist.all_to_all_single, received, outgoing_vector, coming, sent)], axis.group)
     return [vector[:size] for vector, size in zip(received.split(coming), sizes, strict=True)]
 
 
 def reduce_to(vectors: dict[int, Tensor], axis: Axis) -> None:
     """Sum vector p, in place, on group rank p; on the others it is spoilt."""
-    _wait(dist.reduce(v, group_dst=p, group=axis.group, async_op=True) for p, v in vectors.items() if v.numel())
+    calls = [partial(dist.reduce, v, group_dst=p) for p, v in vectors.items() if v.numel()]
+    complete(calls, axis.group)
 
 
 def broadcast_from(vectors: dict[int, Tensor], axis: Axis) -> None:
     """Give everyone, in place, vector p of group rank p."""
-    _wait(dist.broadcast(v, group_src=p, group=axis.group, async_op=True) for p, v in vectors.items() if v.numel())
-
-
-def _wait(works: Iterable[Any]) -> None:
-    """Start all, then wait for all."""
-    for work in list(works):
-        work.wait()
+    calls = [partial(dist.broadcast, v, group_src=p) for p, v in vectors.items() if v.numel()]
+    complete(calls, axis.group)
 
 
 def agree(status: Tensor, group: Any, device: torch.device) -> Tensor:
@@ -147,14 +146,15 @@ def agree(status: Tensor, group: Any, device: torch.device) -> Tensor:
         device: where it communicates.
     """
     on_device = status.to(device)
-    dist.all_reduce(on_device, op=dist.ReduceOp.MAX, group=group)
+    complete([partial(dist.all_reduce, on_device, op=dist.ReduceOp.MAX)], group)
     return on_device.to(status.device)
 
 
 def gather_objects(mine: Any, group: Any) -> list[Any]:
     """What each rank of a group gives, by group rank; any picklable object."""
     found: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(found, mine, group=group)
+    with collective("all_gather_object", partial(ranks_of, group)):
+        dist.all_gather_object(found, mine, group=group)
     return found
 
 

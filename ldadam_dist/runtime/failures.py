@@ -1,0 +1,230 @@
+"""When a collective fails: which rank did not come, and what this one was doing.
+
+The ranks that notice tell each other through the store of the process groups. Those that tell nothing have stalled or
+died. A rank that still waits looks there as well, so that nobody waits longer than the first to notice; a back-end
+only tells the neighbours of a rank that died. A step in which no collective takes longer than a second asks nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from functools import partial
+from typing import Any
+
+import torch.distributed as dist
+
+PERIOD = 1.0
+"""Seconds that a rank waits in a collective before it looks whether another has given up, and again."""
+
+REPORTS_WITHIN = 5.0
+"""Seconds that a rank which has given up waits for the others to say so too."""
+
+_COUNT = "ldadam_dist/failures"
+"""Key of the number of reports; the reports follow it, numbered from 1."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a rank says that gives up.
+
+    Attributes:
+        rank: its global rank.
+        ranks: those of the collective.
+        entered, left: when it came to the collective and when it gave up, in seconds since the epoch.
+    """
+
+    rank: int
+    ranks: list[int]
+    entered: float
+    left: float
+
+
+class CollectiveError(RuntimeError):
+    """A collective failed on this rank; `__cause__` is what the back-end said.
+
+    Args:
+        what: name of the collective.
+        ranks: global ranks of its group.
+        entered: when this rank came to it, in seconds since the epoch.
+        said: the back-end's message.
+    """
+
+    def __init__(self, what: str, ranks: list[int], entered: float, said: str) -> None:
+        super().__init__(f"{what} over {_ranks(ranks)} failed on rank {dist.get_rank()}: {said}")
+        self.what, self.said = what, said
+        self.report = Report(dist.get_rank(), ranks, entered, time.time())
+
+
+@contextmanager
+def collective(what: str, ranks: Callable[[], Iterable[int]]) -> Iterator[None]:
+    """Raise CollectiveError for what the back-end raises within.
+
+    Args:
+        what: name of the collective.
+        ranks: gives the global ranks that take part.
+    """
+    entered = time.time()
+    try:
+        yield
+    except RuntimeError as error:
+        raise CollectiveError(what, sorted(ranks()), entered, str(error)) from error
+
+
+def complete(calls: Sequence[partial[Any]], group: Any) -> None:
+    """Start collectives and wait for all of them.
+
+    Args:
+        calls: functions of torch.distributed with all arguments but `group` and `async_op`, a tensor first.
+        group: their process group.
+    Raises:
+        CollectiveError: one failed, or another rank of the group has given up meanwhile.
+    """
+    if not calls:
+        return
+    with collective(calls[0].func.__name__, partial(dist.get_process_group_ranks, group)):
+        watched = f"{calls[0].args[0].device.type}:gloo" in str(
+            dist.get_backend_config(group)
+        )  # others need not wait on the host
+        for work in [call(group=group, async_op=watched or len(calls) > 1) for call in calls]:
+            if watched:
+                _wait(work, group)
+            elif work is not None:
+                work.wait()
+
+
+def _wait(work: Any, group: Any) -> None:
+    while True:
+        try:
+            work.wait(timedelta(seconds=PERIOD))
+            return
+        except RuntimeError:
+            if work.is_completed():
+                raise
+        gone = _board.reports().keys() & set(dist.get_process_group_ranks(group))
+        if gone:
+            raise RuntimeError(f"still waiting when {_ranks(sorted(gone))} had given up.")
+
+
+@contextmanager
+def during(doing: Callable[[], str]) -> Iterator[None]:
+    """Say more about a collective that fails within.
+
+    Args:
+        doing: what this rank does meanwhile: "it <...>".
+    Raises:
+        RuntimeError: a collective failed; which rank did not come, and what to do.
+    """
+    _board.start_anew()
+    try:
+        yield
+    except CollectiveError as failure:
+        mine = failure.report
+        raise RuntimeError(
+            f"rank {mine.rank} gave up while it {doing()}, in {failure.what} over {_ranks(mine.ranks)}. "
+            f"{_verdict(mine)} Weights and states may differ between ranks now: start all of them again from the last "
+            f"checkpoint. The back-end said: {failure.said}"
+        ) from failure.__cause__
+
+
+def listed(items: Iterable[object], most: int = 3) -> str:
+    """The first few of them in words, and how many more there are."""
+    texts = [str(item) for item in items]
+    more = f" and {len(texts) - most} more" if len(texts) > most else ""
+    return ", ".join(texts[:most]) + more
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    return f"rank{'s' if len(ranks) > 1 else ''} {listed(ranks, 8)}"
+
+
+def _verdict(mine: Report) -> str:
+    """Who did not come, as far as the ranks have told each other."""
+    _board.publish(mine)
+    deadline = time.monotonic() + REPORTS_WITHIN
+    while True:
+        reports = _board.reports()
+        missing = _involved(mine, reports) - reports.keys()
+        if not missing or time.monotonic() > deadline:
+            break
+        time.sleep(0.05)
+    if mine.rank not in reports:
+        return "Which rank did not come is not known, as the store of the process groups cannot be reached."
+    if missing:
+        has = "has" if len(missing) == 1 else "have"
+        return (
+            f"{_ranks(sorted(missing)).capitalize()} {has} stalled or died: "
+            f"the other ranks said within {REPORTS_WITHIN:g} s that they gave up, {_ranks(sorted(missing))} did not."
+        )
+    first = min(reports.values(), key=lambda report: report.left)
+    last = max(reports.values(), key=lambda report: report.entered)
+    if last.entered > first.left:
+        return (
+            f"Rank {last.rank} had stalled: it came {last.entered - first.left:.1f} s after rank {first.rank} gave up."
+        )
+    return "All of its ranks gave up: none has stalled or died, a connection between them broke."
+
+
+def _involved(mine: Report, reports: dict[int, Report]) -> set[int]:
+    """The ranks for which this one waited, those for which they waited, and so on."""
+    found, waiting = set[int](), set(mine.ranks)
+    while waiting:
+        found |= waiting
+        waiting = {r for rank in waiting if rank in reports for r in reports[rank].ranks} - found
+    return found
+
+
+class _Board:
+    """The reports of all ranks, in the store of the process groups."""
+
+    def __init__(self) -> None:
+        self._unreachable = False
+        self._read = 0  # reports up to this one are of failures that this process has survived
+        self._published = False
+
+    def start_anew(self) -> None:
+        """A rank that steps again after it gave up has built other groups: earlier reports no longer count."""
+        if self._published:
+            self._published, self._unreachable = False, False
+            self._read = self._count()
+
+    def publish(self, report: Report) -> None:
+        """Tell the others."""
+        self._published = True
+        store = self._store()
+        try:
+            number = store.add(_COUNT, 1)
+            store.set(f"{_COUNT}/{number}", json.dumps(asdict(report)))
+        except Exception:  # whatever a store raises whose server has died
+            self._unreachable = True
+
+    def reports(self) -> dict[int, Report]:
+        """The last report of every rank that has made one."""
+        found = {}
+        for number in range(self._read + 1, self._count() + 1):
+            key = f"{_COUNT}/{number}"
+            with suppress(Exception):  # its rank died before it could be written
+                self._store().wait([key], timedelta(seconds=PERIOD))
+                report = Report(**json.loads(self._store().get(key)))
+                found[report.rank] = report
+        return found
+
+    def _count(self) -> int:
+        """Number of reports so far; a store that cannot be reached is not asked again, as that may take long."""
+        if not self._unreachable:
+            try:
+                return int(self._store().add(_COUNT, 0))
+            except Exception:
+                self._unreachable = True
+        return self._read
+
+    @staticmethod
+    def _store() -> Any:
+        return dist.group.WORLD.get_group_store()  # type: ignore[union-attr]
+
+
+_board = _Board()

@@ -1,0 +1,150 @@
+"""A rank that stalls or dies in a step is named by the others, with the matrices, and nobody hangs."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import time
+from datetime import timedelta
+from typing import Any
+
+import models
+import pytest
+import torch.distributed as dist
+from distributed import run_failing
+from test_sharded import shard
+from torch.nn.parallel import DistributedDataParallel
+from zero_runs import Run, engine_of, train_step
+
+from ldadam_dist import LDAdamW
+from ldadam_dist.runtime import failures, schedule
+
+VICTIM = 2
+
+
+def stall(how: str) -> None:
+    """Die, or sleep until the others have given up."""
+    if how == "dies":
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(9)
+
+
+def strike(how: str, when: str) -> None:
+    """Have this rank stall before or within its next step."""
+    failures.PERIOD, failures.REPORTS_WITHIN = 0.2, 2.0 if how == "dies" else 3.0
+    if dist.get_rank() != min(VICTIM, dist.get_world_size() - 1):
+        return
+    if when == "before":
+        stall(how)
+    rounds, answer = [], schedule._answer
+
+    def answer_or_stall(*arguments: Any) -> Any:
+        rounds.append(1)
+        if len(rounds) == 2:
+            stall(how)
+        return answer(*arguments)
+
+    schedule._answer = answer_or_stall
+
+
+def train(layout: str, how: str, when: str) -> None:
+    model = module = models.odd_net()
+    group = None
+    if layout == "replicas":
+        model, group = DistributedDataParallel(module, find_unused_parameters=True), dist.group.WORLD
+    else:
+        shard(model, layout)
+        for mesh_group in module.tall.weight.device_mesh.get_all_groups():
+            mesh_group.set_timeout(timedelta(seconds=3))  # it is half an hour, whatever the default group's
+    optimizer = LDAdamW(module.named_parameters(), rank=2, process_group=group)
+    for step in range(3):
+        optimizer.zero_grad()
+        models.odd_loss(model, models.odd_inputs(step)).backward()
+        if step == 1:
+            strike(how, when)
+        optimizer.step()
+
+
+def check_messages(found: list[str | None], how: str, when: str) -> None:
+    """Every rank names itself, the victim and a matrix; the victim, if it lives, says that it came late."""
+    victim = min(VICTIM, len(found) - 1)
+    for rank, text in enumerate(found):
+        if rank == victim and how == "dies":
+            assert text is None
+            continue
+        assert text is not None
+        message = text[text.rindex("RuntimeError: ") :]
+        assert f"rank {rank} gave up while it " in message
+        doing = "compared gradients with others, before the first matrix, " if when == "before" else "stepped "
+        assert re.search(doing + r"[\w.]+", message), message
+        named = f"Rank {victim} had stalled: it came" if rank == victim else f"Rank {victim} has stalled or died"
+        assert named in message, message
+        assert "from the last checkpoint. The back-end said: " in message
+        assert "The above exception was the direct cause" in text
+
+
+@pytest.mark.parametrize(
+    ("layout", "how", "when"),
+    [
+        ("rows", "dies", "within"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("rows", "sleeps", "before"),
+                ("rows", "sleeps", "within"),
+                ("rows", "dies", "before"),
+                ("replicas", "sleeps", "before"),
+                ("replicas", "sleeps", "within"),
+                ("replicas", "dies", "within"),
+                ("hsdp", "sleeps", "within"),
+                ("hsdp", "dies", "within"),
+            )
+        ),
+    ],
+)
+def test_who_did_not_come_is_named_with_the_matrices(layout: str, how: str, when: str) -> None:
+    check_messages(run_failing(4, train, layout, how, when), how, when)
+
+
+def train_with_a_store_on_rank_0() -> None:
+    """The default group again, over a store that dies with the rank."""
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False) if dist.get_rank() == 0 else None
+    port = [store.port if store else 0]
+    dist.broadcast_object_list(port)
+    rank, size = dist.get_rank(), dist.get_world_size()
+    store = store or dist.TCPStore("localhost", port[0])
+    dist.barrier()
+    dist.destroy_process_group()
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=3))
+    global VICTIM
+    VICTIM = 0
+    train("rows", "dies", "within")
+
+
+@pytest.mark.slow
+def test_a_store_that_died_with_its_rank_does_not_hide_the_failure() -> None:
+    dead, *others = run_failing(3, train_with_a_store_on_rank_0)
+    assert dead is None
+    for rank, text in enumerate(others, 1):
+        assert text is not None
+        assert re.search(rf"rank {rank} gave up while it stepped [\w.]+", text)
+        assert "Which rank did not come is not known" in text
+
+
+def train_zero(stage: int, how: str) -> None:
+    run = Run("stall", "odd", {"stage": stage})
+    with engine_of(run) as (engine, _):
+        for group in engine.optimizer.real_dp_process_group if stage < 3 else ():
+            group.set_timeout(timedelta(seconds=3))  # DeepSpeed's own groups have half an hour
+        for step in range(3):
+            if step == 1:
+                strike(how, "within")
+            train_step(run, engine, step)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("how", ["sleeps", "dies"])
+def test_the_same_under_deepspeed(stage: int, how: str) -> None:
+    check_messages(run_failing(2, train_zero, stage, how), how, "within")
