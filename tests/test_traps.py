@@ -11,8 +11,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from distributed import run_ranks
+from test_checkpoints import build
+from test_sharded import BUILD
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from ldadam_dist import LDAdamW
 from ldadam_dist.algebra import leading_directions, orthonormalize, rotate_second_moment, test_matrix
@@ -186,36 +189,62 @@ def test_ranks_may_have_parameters_of_their_own() -> None:
     assert run_ranks(2, step_with_a_parameter_of_ones_own) == [(True, 2.0, 1)] * 2
 
 
-def step_with_one_bad_shard(bad_rank: int) -> tuple[bool, int, float]:
-    model = models.odd_net()
-    fully_shard(model)
-    optimizer = LDAdamW(model.named_parameters(), rank=2)
-    before = {}
+def step_with_one_bad_rank(model_name: str, layout: str, where: str) -> tuple[bool, int, float]:
+    """Whether a step changed nothing in which rank 1 alone had a NaN: in a shard of a gradient, or in its loss."""
+    model, optimizer, parts, part = build(model_name, layout, torch.float64)
+    _, loss_of, data, _ = BUILD[model_name]
+    params = [p for p in model.parameters() if p.requires_grad]
+
+    def seen() -> list[Tensor]:
+        states = [optimizer.state[p][key] for p in params for key in optimizer.state[p]]
+        return [(t.to_local() if isinstance(t, DTensor) else t).detach().clone() for t in [*params, *states]]
+
     for step in range(2):
         optimizer.zero_grad()
-        models.odd_loss(model, models.odd_inputs(step)).backward()
+        loss = loss_of(model, data(step).chunk(parts)[part])
+        bad = step == 1 and dist.get_rank() == 1
+        (loss * float("nan") if bad and where == "loss" else loss).backward()
+        if bad and where == "shard":
+            own = [p.grad for p in params if p.grad is not None and laid_out(p.grad) == laid_out(p)]
+            grads = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in own]
+            next(grad for grad in grads if grad.numel()).view(-1)[0] = float("nan")
         if step == 1:
-            if dist.get_rank() == bad_rank:
-                model.tall.weight.grad.to_local()[0, 0] = float("nan")
-            before = {
-                "weights": [p.to_local().clone() for p in model.parameters()],
-                "states": copy.deepcopy([t.to_local() for p in model.parameters() for t in tensors(optimizer, p)]),
-            }
+            before = seen()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             optimizer.step()
-    same = all(torch.equal(p.to_local(), b) for p, b in zip(model.parameters(), before["weights"], strict=True))
-    now = [t.to_local() for p in model.parameters() for t in tensors(optimizer, p)]
-    same &= all(torch.equal(t, b) for t, b in zip(now, before["states"], strict=True))
-    return same, optimizer.skipped_steps, float(optimizer.state[model.tall.weight]["step"])
+    same = all(torch.equal(a, b) for a, b in zip(before, seen(), strict=True))
+    most = max(float(state["step"].max()) for state in optimizer.state.values())
+    return same, optimizer.skipped_steps, most
 
 
-def tensors(optimizer: LDAdamW, param: Tensor) -> list[Any]:
-    return [value for key, value in optimizer.state[param].items() if key != "step"]
+def laid_out(tensor: Tensor) -> Any:
+    return getattr(tensor, "placements", None)
 
 
-def test_non_finite_shard_skips_the_step_on_every_rank() -> None:
-    assert run_ranks(2, step_with_one_bad_shard, 1) == [(True, 1, 1.0)] * 2
+@pytest.mark.parametrize(
+    ("ranks", "model_name", "layout", "where"),
+    [
+        (2, "odd", "rows", "shard"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                (2, "odd", "rows", "loss"),
+                (2, "odd", "replicas", "shard"),
+                (2, "odd", "replicas", "loss"),
+                (2, "odd", "ddp", "loss"),
+                (4, "odd", "hsdp", "shard"),
+                (4, "odd", "hsdp", "loss"),
+                (2, "blocks", "tp", "shard"),
+                (2, "blocks", "sp", "shard"),
+                (4, "blocks", "fsdp-tp", "shard"),
+                (8, "blocks", "hsdp-tp", "shard"),
+            )
+        ),
+    ],
+)
+def test_one_bad_rank_skips_the_step_on_every_rank(ranks: int, model_name: str, layout: str, where: str) -> None:
+    assert run_ranks(ranks, step_with_one_bad_rank, model_name, layout, where) == [(True, 1, 1.0)] * ranks
 
 
 def test_zero_gradient_dummy_step_only_allocates() -> None:
