@@ -23,7 +23,7 @@ from ldadam_dist.placement import Placement, placement
 from ldadam_dist.plan import WINDOW_ELEMENTS, Unit
 from ldadam_dist.rules import DEFAULT_RANK, global_shape, low_rank_matrices
 from ldadam_dist.runtime import during
-from ldadam_dist.state import init_state, stored_shapes
+from ldadam_dist.state import check_places, init_state, stored_shapes
 
 
 class LDAdamW(Optimizer):
@@ -293,7 +293,7 @@ class LDAdamW(Optimizer):
         Args:
             state_dict: from `state_dict()` of an optimizer with the same groups.
         Raises:
-            ValueError: groups or shapes that do not fit; nothing has been loaded then.
+            ValueError: groups or shapes that do not fit, or another rank's shards; nothing has been loaded then.
         """
         self.attach_found()
         loaded: list[tuple[Entry, dict[str, Any]]] = []
@@ -310,6 +310,7 @@ class LDAdamW(Optimizer):
                     state = states.get(entry.name, {}) if flat else states
                     name, sharded = f"{entry.name} of shape {entry.shape}", entry.adapter.sharded
                     arguments.check_state(name, entry.group, group, state, stored_shapes(entry), sharded)
+                    check_places(entry, state)
                     loaded.append((entry, state))
                 if flat:
                     arguments.check_partition(states, [entry.name for entry in entries if entry.present])

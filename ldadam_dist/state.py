@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from ldadam_dist.adapters import MeshAdapter
 from ldadam_dist.buckets import Matrix
 from ldadam_dist.entries import Entry
 from ldadam_dist.fragments import CutMatrix
@@ -25,6 +26,15 @@ def stored_shapes(entry: Entry) -> dict[str, tuple[int, ...]]:
         key: shape if key == "step" else entry.adapter.state_shape(shape, PARTS[key], side)
         for key, shape in state_shapes(entry.shape, entry.group).items()
     }
+
+
+def check_places(entry: Entry, saved: Mapping[str, Tensor]) -> None:
+    """Raise ValueError if what is to be loaded was saved of another process or layout."""
+    if isinstance(entry.adapter, MeshAdapter):
+        side = entry.side if entry.matrices else ""
+        for key, state in saved.items():
+            part = PARTS.get(key) if entry.matrices else None
+            entry.adapter.check_stored(f"the saved {key!r} of parameter {entry.name}", state, entry.param, part, side)
 
 
 def init_state(entry: Entry) -> None:

@@ -42,7 +42,7 @@ ALLOWED = {
     "adamw": {"entries"},
     "gradients": {"entries", "runtime"},
     "consistency": {"entries", "adapters", "runtime"},
-    "state": {"entries", "buckets", "fragments", "layout", "rules"},
+    "state": {"entries", "adapters", "buckets", "fragments", "layout", "rules"},
     "placement": {"entries", "state", "plan", "costs", "rules", "tables"},
     "lowrank": {"entries", "state", "plan", "costs", "buckets", "fragments", "step", "requests", "runtime", "rules"},
     "optimizer": {

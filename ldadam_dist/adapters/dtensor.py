@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Placement, Shard
 
 from ldadam_dist.adapters.placements import mesh_dims_by_tensor_dim
 from ldadam_dist.layout import WHOLE, Axis, Bounds, MatrixLayout, cut
@@ -128,16 +128,47 @@ class MeshAdapter:
             side: the projected side, "left" for rows.
             dtype: of the state.
         """
-        by_dim = self._cuts(part, side)[-len(shape) :]
-        local_shape = self._local_shape(shape, by_dim)
-        mesh = self._permuted(sum(by_dim, ()))
-        placements = [Shard(dim) for dim, dims in enumerate(by_dim) for _ in dims]
+        local_shape = self._local_shape(shape, self._cuts(part, side)[-len(shape) :])
+        mesh, placements = self._place(len(shape), part, side)
         # An uneven shard does not tell the global shape: it must be given.
         stride = torch.empty(tuple(shape), device="meta").stride()
         local = torch.zeros(local_shape, dtype=dtype, device=self.device)
         state = DTensor.from_local(local, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
         device = self.local(param).device
         return state if device.type == mesh.device_type else cast(DTensor, state.to(device))  # offloaded
+
+    def _place(self, ndim: int, part: str, side: str) -> tuple[DeviceMesh, tuple[Placement, ...]]:
+        """The mesh and the placements of a state of so many dimensions."""
+        by_dim = self._cuts(part, side)[-ndim:]
+        return self._permuted(sum(by_dim, ())), tuple(Shard(dim) for dim, dims in enumerate(by_dim) for _ in dims)
+
+    def check_stored(self, what: str, state: Tensor, param: Tensor, part: str | None, side: str) -> None:
+        """Raise ValueError if a state that is to be loaded is not this process's part of it.
+
+        Args:
+            what: how errors call it.
+            state: the state; of a DTensor, torch.save keeps the part of the process that saves, and loads it anywhere.
+            param: the parameter.
+            part, side: as for `new_state`; None for a moment of AdamW.
+        """
+        if not isinstance(state, DTensor):
+            return
+        if part is not None:
+            mesh, placements = self._place(state.ndim, part, side)
+        elif isinstance(param, DTensor):
+            mesh, placements = param.device_mesh, param.placements
+        else:
+            return
+        saved, position = state.device_mesh, state.device_mesh.get_coordinate()
+        if (saved, tuple(state.placements), position) == (mesh, tuple(placements), mesh.get_coordinate()):
+            return
+        saver = int(saved.mesh[tuple(position)]) if position is not None else "of another mesh"
+        raise ValueError(
+            f"{what} is the part that rank {saver} had of it on a mesh {tuple(saved.shape)} with placements "
+            f"{state.placements}: expected that of rank {dist.get_rank()} on {tuple(mesh.shape)} with {placements}. "
+            f"torch.save keeps only the part of the rank that saves: use torch.distributed.checkpoint, or under DDP an "
+            f"LDAdamW without process_group=."
+        )
 
     def new_moment(self, param: Tensor) -> Tensor:
         """A new moment of AdamW, of zeros, like the parameter."""
