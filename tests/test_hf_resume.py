@@ -95,14 +95,14 @@ def test_trainer_resumes_exactly(ranks: int, how: str, tmp_path: Path) -> None:
 def accelerated(mode: str, group: Any) -> tuple[Any, nn.Module, Any]:
     """An accelerator of its own state, and a prepared model and optimizer."""
     from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
+    from accelerate.state import AcceleratorState, PartialState
     from accelerate.utils import DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin
 
-    AcceleratorState._reset_state()
+    AcceleratorState._reset_state(reset_partial_state=True)
     model = models.tiny_llama(torch.float32)
     optimizer = LDAdamW(build_param_groups(model, rank=SETTINGS["rank"]), **SETTINGS, process_group=group)
     if mode == "deepspeed":
-        quiet_deepspeed()
+        integration = quiet_deepspeed()
         config = {
             "train_micro_batch_size_per_gpu": 1,
             "gradient_clipping": 1.0,
@@ -119,11 +119,16 @@ def accelerated(mode: str, group: Any) -> tuple[Any, nn.Module, Any]:
             transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
         )
         accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
-        # On a CPU accelerate takes no notice of the plugin; the rest of its FSDP2 works there.
-        accelerator.state.distributed_type, accelerator.state.fsdp_plugin = DistributedType.FSDP, plugin
+        # On a CPU accelerate takes no notice of the plugin; the rest of its FSDP2 works there. The first of these is
+        # copied into the second at times.
+        PartialState().distributed_type = accelerator.state.distributed_type = DistributedType.FSDP
+        accelerator.state.fsdp_plugin = plugin
     else:
         accelerator = Accelerator(cpu=True)
-    return accelerator, *accelerator.prepare(model, optimizer)
+    model, prepared = accelerator.prepare(model, optimizer)
+    if mode == "deepspeed":
+        integration.attach(model)
+    return accelerator, model, prepared
 
 
 def accelerated_steps(accelerator: Any, model: nn.Module, optimizer: Any, steps: range) -> None:
@@ -172,7 +177,6 @@ def test_accelerate_loads_what_it_saved_exactly(ranks: int, mode: str, tmp_path:
 def test_a_state_of_which_one_rank_saved_its_part_is_refused(function: Any, tmp_path: Path) -> None:
     """Both libraries have rank 0 alone save the optimizer under DDP, which is not all of it with process_group=."""
     first, second = run_failing(2, function, str(tmp_path), "replicas", timeout=60)
-    print(first, second)
     assert second is not None
     assert "is the part that rank 0 had of it" in second
     assert "use torch.distributed.checkpoint" in second
