@@ -8,6 +8,7 @@ with the error in bfloat16, which is the default there; bfloat16 weights with th
 
     max |UᵀU − I|       over all matrices and all checks; the states U are float32 in every run
     ‖UᵀE‖ / ‖E‖         the largest of all matrices; right after a step it is 0 in real arithmetic
+    rounded             the same of E rounded to bfloat16: what storing it so adds
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ class Check:
         loss: mean training loss in bits per byte, since the check before.
         skew: max |UᵀU − I| of any matrix.
         overlap: largest ‖UᵀE‖ / ‖E‖ of any matrix.
+        rounded: the same of E rounded to bfloat16.
         weights, errors, first, second: norm of all matrices' weights, errors and two moments.
     """
 
@@ -62,6 +64,7 @@ class Check:
     loss: float
     skew: float
     overlap: float
+    rounded: float
     weights: float
     errors: float
     first: float
@@ -116,7 +119,7 @@ def soak(dtype: torch.dtype, error_dtype: str | None, steps: int, every: int) ->
 
 def check(optimizer: LDAdamW, step: int, loss: float) -> Check:
     """The invariants and norms now."""
-    skew, overlap, found = 0.0, 0.0, dict[str, list[Tensor]]()
+    skew, overlap, rounded, found = 0.0, 0.0, 0.0, dict[str, list[Tensor]]()
     for param, state in optimizer.state.items():
         if "projector" not in state:
             continue
@@ -125,22 +128,24 @@ def check(optimizer: LDAdamW, step: int, loss: float) -> Check:
         identity = torch.eye(projector.shape[1], dtype=torch.float64)
         skew = max(skew, (projector.mT @ projector - identity).abs().max().item())
         overlap = max(overlap, ((projector.mT @ oriented).norm() / error.norm()).item())
+        rounded = max(rounded, ((projector.mT @ oriented.bfloat16().double()).norm() / error.norm()).item())
         kept = {"weights": param, "errors": error, "first": state["exp_avg"], "second": state["exp_avg_sq"]}
         for name, tensor in kept.items():
             found.setdefault(name, []).append(tensor.detach().double().norm())
     norms = {name: torch.stack(each).norm().item() for name, each in found.items()}
-    return Check(step, loss, skew, overlap, **norms)
+    return Check(step, loss, skew, overlap, rounded, **norms)
 
 
 def rows(name: str, checks: Sequence[Check]) -> Iterator[str]:
-    """Lines of the table: each fifth of the run, with the worst of the two invariants in it."""
+    """Lines of the table: each fifth of the run, with the worst of the invariants in it."""
     for fifth in range(5):
         part = checks[len(checks) * fifth // 5 : len(checks) * (fifth + 1) // 5]
         if part:
             last = part[-1]
-            skew, overlap = max(c.skew for c in part), max(c.overlap for c in part)
+            worst = (max(getattr(c, what) for c in part) for what in ("skew", "overlap", "rounded"))
             norms = f"{last.errors:.3g} | {last.first:.3g} | {last.second:.3g} | {last.weights:.3g}"
-            yield f"| {name} | {last.step:,} | {skew:.1e} | {overlap:.1e} | {norms} | {last.loss:.3f} |"
+            cells = " | ".join(f"{value:.1e}" for value in worst)
+            yield f"| {name} | {last.step:,} | {cells} | {norms} | {last.loss:.3f} |"
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, list[Check]]:
@@ -164,8 +169,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[Check]]:
         f"- versions: torch {torch.__version__}, Python {platform.python_version()}",
         f"- checked every {args.every} steps; minutes taken: {', '.join(taken)}",
         "",
-        "| run | step | max abs(UᵀU − I) | ‖UᵀE‖/‖E‖ | ‖E‖ | ‖M‖ | ‖V‖ | ‖W‖ | bits per byte |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| run | step | max abs(UᵀU − I) | ‖UᵀE‖/‖E‖ | rounded | ‖E‖ | ‖M‖ | ‖V‖ | ‖W‖ | bits per byte |",
+        "|---|---|---|---|---|---|---|---|---|---|",
         *(line for name, checks in found.items() for line in rows(name, checks)),
     ]
     table = "\n".join(lines) + "\n"
