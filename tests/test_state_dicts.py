@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
@@ -114,6 +115,44 @@ def hand_out_awkwardly() -> list[str]:
 @pytest.mark.slow
 def test_rank_0_hands_out_a_state_with_a_frozen_layer_and_two_groups() -> None:
     assert run_ranks(3, hand_out_awkwardly) == [[]] * 3
+
+
+def files_of_all_ranks(model_name: str, layout: str, folder: str) -> tuple[list[str], str, list[str]]:
+    """What differs after torch.load of this rank's own file, the error of another's, and what differs then."""
+    model, optimizer, parts, part = build(model_name, layout, torch.float64)
+    _, loss_of, data, _ = BUILD[model_name]
+    for step in range(3):
+        optimizer.zero_grad()
+        loss_of(model, data(step).chunk(parts)[part]).backward()
+        optimizer.step()
+    rank, size = dist.get_rank(), dist.get_world_size()
+    torch.save(optimizer.state_dict(), f"{folder}/{rank}.pt")
+    dist.barrier()
+    other, fresh, *_ = build(model_name, layout, torch.float64)
+    other.load_state_dict(model.state_dict())
+    fresh.load_state_dict(torch.load(f"{folder}/{rank}.pt", weights_only=True))
+    own = differing(model, optimizer, other, fresh)
+    try:
+        fresh.load_state_dict(torch.load(f"{folder}/{(rank + 1) % size}.pt", weights_only=True))
+        message = "accepted"
+    except ValueError as error:
+        message = str(error)
+    return own, message, differing(model, optimizer, other, fresh)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("ranks", "model_name", "layout"),
+    [(2, "odd", "rows"), (2, "odd", "replicas"), (4, "odd", "hsdp"), (2, "blocks", "tp"), (4, "blocks", "fsdp-tp")],
+)
+def test_torch_save_keeps_a_ranks_part_and_no_other_rank_takes_it(
+    ranks: int, model_name: str, layout: str, tmp_path: Path
+) -> None:
+    for rank, found in enumerate(run_ranks(ranks, files_of_all_ranks, model_name, layout, str(tmp_path))):
+        own, message, after = found
+        assert own == after == []
+        assert f"is the part that rank {(rank + 1) % ranks} had of it" in message
+        assert f"expected that of rank {rank}" in message
 
 
 def load_flattened(optimizer_name: str) -> str:

@@ -87,9 +87,8 @@ def complete(calls: Sequence[partial[Any]], group: Any) -> None:
     if not calls:
         return
     with collective(calls[0].func.__name__, partial(dist.get_process_group_ranks, group)):
-        watched = f"{calls[0].args[0].device.type}:gloo" in str(
-            dist.get_backend_config(group)
-        )  # others need not wait on the host
+        # With gloo the host waits anyway; a back-end that queues its work on a device must not be waited for here.
+        watched = f"{calls[0].args[0].device.type}:gloo" in str(dist.get_backend_config(group))
         for work in [call(group=group, async_op=watched or len(calls) > 1) for call in calls]:
             if watched:
                 _wait(work, group)
@@ -155,10 +154,10 @@ def _verdict(mine: Report) -> str:
     if mine.rank not in reports:
         return "Which rank did not come is not known, as the store of the process groups cannot be reached."
     if missing:
-        has = "has" if len(missing) == 1 else "have"
+        they = "it has" if len(missing) == 1 else "they have"
         return (
-            f"{_ranks(sorted(missing)).capitalize()} {has} stalled or died: "
-            f"the other ranks said within {REPORTS_WITHIN:g} s that they gave up, {_ranks(sorted(missing))} did not."
+            f"{_ranks(sorted(missing)).capitalize()} did not come: {they} stalled, died or raised an error. The other "
+            f"ranks said within {REPORTS_WITHIN:g} s that they gave up."
         )
     first = min(reports.values(), key=lambda report: report.left)
     last = max(reports.values(), key=lambda report: report.entered)
