@@ -30,10 +30,10 @@ def stall(how: str) -> None:
     time.sleep(9)
 
 
-def strike(how: str, when: str) -> None:
-    """Have this rank stall before or within its next step."""
+def strike(how: str, when: str, victim: int = VICTIM) -> None:
+    """Have one rank stall before or within its next step."""
     failures.PERIOD, failures.REPORTS_WITHIN = 0.2, 3.0 if dist.get_world_size() > 2 else 0.5
-    if dist.get_rank() != min(VICTIM, dist.get_world_size() - 1):
+    if dist.get_rank() != min(victim, dist.get_world_size() - 1):
         return
     if when == "before":
         stall(how)
@@ -48,7 +48,7 @@ def strike(how: str, when: str) -> None:
     schedule._answer = answer_or_stall
 
 
-def train(layout: str, how: str, when: str) -> None:
+def train(layout: str, how: str, when: str, victim: int = VICTIM) -> None:
     model = module = models.odd_net()
     group = None
     if layout == "replicas":
@@ -62,7 +62,7 @@ def train(layout: str, how: str, when: str) -> None:
         optimizer.zero_grad()
         models.odd_loss(model, models.odd_inputs(step)).backward()
         if step == 1:
-            strike(how, when)
+            strike(how, when, victim)
         optimizer.step()
 
 
@@ -107,8 +107,8 @@ def test_who_did_not_come_is_named_with_the_matrices(ranks: int, layout: str, ho
     check_messages(run_failing(ranks, train, layout, how, when), how, when)
 
 
-def train_with_a_store_on_rank_0() -> None:
-    """The default group again, over a store that dies with the rank."""
+def train_with_a_store_on_rank_0(victim: int) -> None:
+    """The default group again, over a store that goes with rank 0."""
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False) if dist.get_rank() == 0 else None
     port = [store.port if store else 0]
     dist.broadcast_object_list(port)
@@ -117,14 +117,18 @@ def train_with_a_store_on_rank_0() -> None:
     dist.barrier()
     dist.destroy_process_group()
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=3))
-    global VICTIM
-    VICTIM = 0
-    train("rows", "dies", "within")
+    train("rows", "dies", "within", victim)
+
+
+@pytest.mark.slow
+def test_a_store_that_is_served_by_a_rank() -> None:
+    found = run_failing(3, train_with_a_store_on_rank_0, 2)
+    check_messages(found, "dies", "within")
 
 
 @pytest.mark.slow
 def test_a_store_that_died_with_its_rank_does_not_hide_the_failure() -> None:
-    dead, *others = run_failing(3, train_with_a_store_on_rank_0)
+    dead, *others = run_failing(3, train_with_a_store_on_rank_0, 0)
     assert dead is None
     for rank, text in enumerate(others, 1):
         assert text is not None

@@ -144,9 +144,9 @@ def _ranks(ranks: Sequence[int]) -> str:
 def _verdict(mine: Report) -> str:
     """Who did not come, as far as the ranks have told each other."""
     _board.publish(mine)
-    deadline = time.monotonic() + REPORTS_WITHIN
+    deadline, reports = time.monotonic() + REPORTS_WITHIN, dict[int, Report]()
     while True:
-        reports = _board.reports()
+        reports |= _board.reports()  # the store may be gone next time, with the rank that serves it
         missing = _involved(mine, reports) - reports.keys()
         if not missing or time.monotonic() > deadline:
             break
@@ -194,8 +194,8 @@ class _Board:
     def publish(self, report: Report) -> None:
         """Tell the others."""
         self._published = True
-        store = self._store()
         try:
+            store = self._store()
             number = store.add(_COUNT, 1)
             store.set(f"{_COUNT}/{number}", json.dumps(asdict(report)))
         except Exception:  # whatever a store raises whose server has died
