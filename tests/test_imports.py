@@ -16,6 +16,8 @@ ALLOWED = {
     "_version": set(),
     "rules": set(),
     "tables": set(),
+    "network": set(),
+    "preflight": {"network", "tables"},
     "algebra": set(),
     "layout": set(),
     "arguments": {"rules"},
@@ -51,7 +53,7 @@ ALLOWED = {
     },
     "__init__": {"_version", "optimizer", "param_groups", "traffic"},
 }
-COMMUNICATES = {"runtime", "adapters", "traffic"}
+COMMUNICATES = {"runtime", "adapters", "traffic", "preflight"}
 READS_CHECKPOINTS = {"convert"}  # with torch.distributed.checkpoint, in one process
 BACKENDS = {"deepspeed", "transformers", "accelerate", "peft", "lightning", "datasets"}
 
