@@ -27,6 +27,7 @@ class World:
 
     Attributes:
         group: what they communicate over; None is the default group.
+        timeout: how long a collective waits for the other processes; None is torch's default.
     """
 
     dp_rank: int
@@ -34,6 +35,7 @@ class World:
     local_rank: int
     device: torch.device
     group: Any = None
+    timeout: timedelta | None = None
 
     @property
     def is_main(self) -> bool:
@@ -45,7 +47,9 @@ class World:
 
     def apart(self) -> World:
         """The same processes over a group of their own on the CPU, for another thread; collective."""
-        return replace(self, group=dist.new_group(backend="gloo")) if self.is_distributed else self
+        if not self.is_distributed:
+            return self
+        return replace(self, group=dist.new_group(backend="gloo", timeout=self.timeout))
 
     def barrier(self) -> None:
         if self.is_distributed:
@@ -140,7 +144,7 @@ def start(needs_group: bool = False, timeout_minutes: float = 30.0) -> World:
         dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device, **options)
     else:
         dist.init_process_group("gloo", **options)
-    return World(dp_rank=dist.get_rank(), size=dist.get_world_size(), local_rank=local_rank, device=device)
+    return World(dist.get_rank(), dist.get_world_size(), local_rank, device, timeout=options["timeout"])
 
 
 def meet(store: dist.Store, rank: int, size: int, timeout_minutes: float) -> dist.Store:

@@ -126,8 +126,8 @@ class LDAdamW(Optimizer):
         Raises:
             RuntimeError: there is a process group, which does not travel.
         """
-        if self._process_group is not None or self._partitions is not None:
-            owner = "with process_group=" if self._partitions is None else "that DeepSpeed's engine steps"
+        if self._process_group is not None or self._partitions:
+            owner = "that DeepSpeed's engine steps" if self._partitions else "with process_group="
             raise RuntimeError(
                 f"an LDAdamW {owner} cannot be copied or pickled, as a process group does not travel. "
                 "Use state_dict() and build the other optimizer with its own group."
@@ -154,7 +154,7 @@ class LDAdamW(Optimizer):
         self._agreed: set[tuple[int, ...]] = set()
         self._given: set[int] = set()
         self._shapes: dict[int, list[tuple[int, ...]]] = {}
-        self._partitions: Partitions | None = None
+        self._partitions = Partitions()
         self._find_partitions: Callable[[], Any] | None = None
 
     def _note(self, group: dict[str, Any]) -> None:
@@ -218,14 +218,14 @@ class LDAdamW(Optimizer):
             if tensors not in self._agreed:
                 check_ranks_agree(entries, self._window)
                 self._agreed.add(tensors)
-            overflowed = self._partitions is not None and self._partitions.overflowed()
+            overflowed = self._partitions.overflowed()
             unusable = overflowed or inspect_gradients(entries)
         for entry in entries:
             entry.state = self._state_of(entry)
             init_state(entry)
 
         if unusable:
-            if not overflowed or self._partitions is None or self._partitions.number(entries[0].param) == 0:
+            if not overflowed or self._partitions.number(entries[0].param) == 0:
                 self._skip([entry.name for entry in entries if entry.status == UNUSABLE])
             return loss
 
@@ -305,7 +305,7 @@ class LDAdamW(Optimizer):
             numbers = [(group, number) for group in saved_groups for number in group["params"]]
             for (param, entries), (group, number) in zip(self._entries_by_param(), numbers, strict=True):
                 states = saved["state"].get(number, {})
-                flat = self._partitions is not None and param in self._partitions
+                flat = param in self._partitions
                 for entry in entries:
                     state = states.get(entry.name, {}) if flat else states
                     name, sharded = f"{entry.name} of shape {entry.shape}", entry.adapter.sharded
@@ -337,7 +337,7 @@ class LDAdamW(Optimizer):
 
     def _entries(self, whole_engine: bool = False) -> Iterator[Entry]:
         """Trainable parameters; `whole_engine`: also those whose flat tensors an engine is not stepping just now."""
-        if whole_engine and self._partitions is not None:
+        if whole_engine and self._partitions:
             for param, group in self._partitions.with_groups(self.param_groups):
                 yield from self._partitions.entries(param, group, self.state.get(param, {}))
             return
@@ -349,12 +349,10 @@ class LDAdamW(Optimizer):
         for i, group in enumerate(self.param_groups):
             for name, param in zip(_names(group, i), group["params"], strict=True):
                 state = self.state.get(param, {})
-                if self._partitions is not None and param in self._partitions:
+                if param in self._partitions:
                     yield param, list(self._partitions.entries(param, group, state))
                     continue
-                if (
-                    id(param) not in self._given
-                ):  # accelerate puts others of the same shapes there, an engine a flat one
+                if id(param) not in self._given:  # accelerate puts others of these shapes there, an engine a flat one
                     same_shapes = self._shapes.get(id(group)) == [global_shape(p) for p in group["params"]]
                     arguments.check_not_flattened(param, same_shapes)
                     self._note(group)
@@ -366,12 +364,12 @@ class LDAdamW(Optimizer):
         if not entry.present:
             return {}
         state: dict[str, Any] = self.state[entry.param]
-        flat = self._partitions is not None and entry.param in self._partitions
+        flat = entry.param in self._partitions
         return state.setdefault(entry.name, {}) if flat else state
 
     def _stepped_together(self, entries: list[Entry]) -> list[list[Entry]]:
         """The parameters in the parts that are planned by themselves: an engine steps flat tensors one by one."""
-        if self._partitions is None:
+        if not self._partitions:
             return [entries]
         return [list(part) for _, part in itertools.groupby(entries, key=lambda entry: id(entry.param))]
 
@@ -389,7 +387,7 @@ class LDAdamW(Optimizer):
         tensors = tuple(dict.fromkeys(id(entry.param) for entry in entries))
         if tensors not in self._plans or self._plans[tensors][0] != made_of:
             # Parts that are planned by themselves begin with another owner each, or the first would have most matrices.
-            turn = self._partitions.number(entries[0].param) if self._partitions is not None and entries else 0
+            turn = self._partitions.number(entries[0].param) if entries else 0
             self._plans[tensors] = made_of, plan_windows(entries, self._window, turn)
         return self._plans[tensors][1]
 

@@ -51,7 +51,7 @@ class FlatPartition:
 
 
 class Partitions:
-    """All flat tensors of an optimizer.
+    """All flat tensors of an optimizer; false if there are none.
 
     Args:
         partitions: in the same order on all processes.
@@ -65,9 +65,9 @@ class Partitions:
 
     def __init__(
         self,
-        partitions: Sequence[FlatPartition],
-        param_groups: Sequence[Mapping[str, Any]],
-        overflowed: Callable[[], bool],
+        partitions: Sequence[FlatPartition] = (),
+        param_groups: Sequence[Mapping[str, Any]] = (),
+        overflowed: Callable[[], bool] = lambda: False,
     ) -> None:
         self._partitions, self.overflowed = tuple(partitions), overflowed
         self._number_of_groups = len(param_groups)
@@ -81,12 +81,15 @@ class Partitions:
         if twice:
             raise ValueError(f"parameter {twice[0]} is in several flat tensors, or twice in one: expected it once.")
 
+    def __bool__(self) -> bool:
+        return bool(self._partitions)
+
     def __contains__(self, tensor: Tensor) -> bool:
         return tensor in self._entries
 
     def number(self, tensor: Tensor) -> int:
-        """Number of a flat tensor in the order in which the engine steps them."""
-        return next(i for i, partition in enumerate(self._partitions) if partition.tensor is tensor)
+        """Number of a flat tensor in the order in which the engine steps them; 0 for any other tensor."""
+        return next((i for i, partition in enumerate(self._partitions) if partition.tensor is tensor), 0)
 
     def with_groups(self, param_groups: Sequence[dict[str, Any]]) -> Iterator[tuple[Tensor, dict[str, Any]]]:
         """Each flat tensor with its group.

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
 import time
+from dataclasses import asdict
 from datetime import timedelta
 from typing import Any
 
 import models
 import pytest
 import torch.distributed as dist
-from distributed import run_failing
+from distributed import run_failing, run_ranks
 from test_sharded import shard
 from torch.nn.parallel import DistributedDataParallel
 from zero_runs import Run, engine_of, train_step
 
 from ldadam_dist import LDAdamW
 from ldadam_dist.runtime import failures, schedule
+from ldadam_dist.runtime.failures import Report
 
 VICTIM = 2
 
@@ -105,6 +108,25 @@ CASES = [
 )
 def test_who_did_not_come_is_named_with_the_matrices(ranks: int, layout: str, how: str, when: str) -> None:
     check_messages(run_failing(ranks, train, layout, how, when), how, when)
+
+
+def train_after_a_failure_that_torchrun_survived() -> int:
+    """The store still has a report; then a rank is late for longer than the others wait before they look."""
+    optimizer = LDAdamW((model := models.odd_net()).named_parameters(), rank=2, process_group=dist.group.WORLD)
+    failures.PERIOD = 0.05
+    if dist.get_rank() == 0:
+        dist.group.WORLD.get_group_store().set(f"{failures._COUNT}/1", json.dumps(asdict(Report(1, [0, 1], 0.0, 1.0))))
+        assert dist.group.WORLD.get_group_store().add(failures._COUNT, 1) == 1
+    dist.barrier()
+    for step in range(2):
+        models.odd_loss(model, models.odd_inputs(step)).backward()
+        time.sleep(0.4 * dist.get_rank())
+        optimizer.step()
+    return len(optimizer.state)
+
+
+def test_reports_of_processes_that_were_started_again_do_not_count() -> None:
+    assert min(run_ranks(2, train_after_a_failure_that_torchrun_survived)) > 0
 
 
 def train_with_a_store_on_rank_0(victim: int) -> None:

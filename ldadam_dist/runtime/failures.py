@@ -182,18 +182,21 @@ class _Board:
 
     def __init__(self) -> None:
         self._unreachable = False
-        self._read = 0  # reports up to this one are of failures that this process has survived
-        self._published = False
+        self._read = 0  # reports up to this one do not count
+        self._is_new = True
 
     def start_anew(self) -> None:
-        """A rank that steps again after it gave up has built other groups: earlier reports no longer count."""
-        if self._published:
-            self._published, self._unreachable = False, False
+        """Reports that are there before a rank's first step are of processes that torchrun has started again since.
+
+        Those before its next step, if it has given up and goes on, are of groups that were replaced.
+        """
+        if self._is_new and dist.is_initialized():
+            self._is_new, self._unreachable = False, False
             self._read = self._count()
 
     def publish(self, report: Report) -> None:
         """Tell the others."""
-        self._published = True
+        self._is_new = True
         try:
             store = self._store()
             number = store.add(_COUNT, 1)
