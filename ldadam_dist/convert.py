@@ -12,17 +12,19 @@ what is read is mapped.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import inspect
 import shutil
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner, _EmptyStateDictLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
@@ -46,7 +48,7 @@ def convert(source: str | Path, target: str | Path) -> str:
     Returns:
         what was done, and how the result is loaded.
     Raises:
-        ValueError: the source is no such checkpoint, or the target exists. Nothing is left behind then.
+        ValueError: the source is no such checkpoint or not whole, or the target exists. There is no target then.
     """
     source, target = Path(source).resolve(), Path(target).resolve()
     if target.exists():
@@ -123,7 +125,8 @@ class DcpFolder:
     def _read(self, prefix: str) -> dict[str, Any]:
         found: dict[str, Any] = {}
         planner = _EmptyStateDictLoadPlanner(keys={prefix})
-        _load_state_dict(found, self._reader, no_dist=True, planner=planner)
+        with _one_cause(f"{self._reader.path} cannot be read"):
+            _load_state_dict(found, self._reader, no_dist=True, planner=planner)
         return found
 
     def names(self) -> list[str]:
@@ -147,9 +150,24 @@ class DcpFolder:
 class _Reader(FileSystemReader):
     """Reads its metadata once."""
 
-    @functools.cache  # noqa: B019 -- it lives as long as the conversion
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self._known: Metadata | None = None
+
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        return super().read_metadata(*args, **kwargs)
+        if self._known is None:
+            self._known = super().read_metadata(*args, **kwargs)
+        return self._known
+
+
+@contextlib.contextmanager
+def _one_cause(what: str) -> Iterator[None]:
+    """Raise ValueError with the cause of what DCP raises, which tells of all ranks with their tracebacks."""
+    try:
+        yield
+    except CheckpointException as error:
+        cause, _ = next(iter(error.failures.values()))
+        raise ValueError(f"{what}: {type(cause).__name__}: {cause}") from error
 
 
 class _LazyPlanner(DefaultSavePlanner):
@@ -190,7 +208,7 @@ def _to_dcp(source: ZeroFolder, target: Path) -> None:
         groups.append({**group, "params": names, "param_names": names})
     everything = {"model": model, "optimizer": {"state": optimizer, "param_groups": groups}}
     alone = {"no_dist": True} if "no_dist" in inspect.signature(save).parameters else {}
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _one_cause(f"{target} could not be written"):
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         save(everything, checkpoint_id=target, planner=_LazyPlanner(make), **alone)
 

@@ -97,6 +97,17 @@ def test_what_is_no_checkpoint_is_refused(refused: Any, tmp_path: Path) -> None:
     assert "exists" in refused(tmp_path, tmp_path / "zero")
 
 
+def test_what_is_not_whole_is_refused(refused: Any, tmp_path: Path) -> None:
+    save_dcp(tmp_path / "dcp", *trained(KINDS["mixed"]))
+    convert(tmp_path / "dcp", tmp_path / "universal")
+    (tmp_path / "dcp/__0_0.distcp").unlink()
+    assert "No such file" in refused(tmp_path / "dcp", tmp_path / "target")
+    (tmp_path / "universal/zero/conv.weight/exp_avg_sq.pt").unlink()
+    assert "conv.weight/exp_avg_sq.pt is missing" in refused(tmp_path / "universal", tmp_path / "target")
+    (tmp_path / "universal/zero/conv.weight/exp_avg.pt").write_bytes(b"PK")
+    assert "conv.weight/exp_avg" in refused(tmp_path / "universal", tmp_path / "target")
+
+
 def test_what_is_not_of_ldadamw_is_refused(refused: Any, tmp_path: Path) -> None:
     model, optimizer = trained(KINDS["mixed"])
     save_dcp(tmp_path / "flat", model, optimizer, flatten_optimizer_state_dict=True)
