@@ -20,15 +20,17 @@ from moves import (
     Weights,
     changed_weights,
     close,
+    go_on,
     loaded_by_engine,
     make_universal,
+    other_weights,
     saved_by_engine,
 )
 from test_flat import flat, optimizer_of
 from torch import Tensor
-from zero_runs import Run, engine_of, train_step, whole_model
+from zero_runs import MODELS, PARAMS, Run, engine_of, quiet_deepspeed, train_step, whole_model
 
-from ldadam_dist import LDAdamW
+from ldadam_dist import LDAdamW, build_param_groups
 from ldadam_dist.packing import Packing, dtypes_of, overlaps, planes_of, read_planes
 from ldadam_dist.partitions import FlatParam, FlatPartition
 from ldadam_dist.universal import KEY, FlatForm
@@ -203,11 +205,27 @@ def load_all(root: str, ranks: int) -> dict[str, Any]:
     if ranks == 4:
         for source, target in HALF_MOVES:
             save_again(RUNS[target], f"{root}/{source}", f"again {target}")
+    if ranks == 1:
+        found["client"] = loaded_by_client(RUNS["3"], f"{root}/2")
     if ranks == 2:
         found["by name"] = loaded_by_name(RUNS["3"])
         found["other rank"] = error_of(RUNS["2"], f"{root}/2", {"rank": 3})
         found["other sub-groups"] = error_of(RUNS["3 offload"], f"{root}/3", {})
     return found
+
+
+def loaded_by_client(run: Run, folder: str) -> Weights:
+    """As `loaded_by_engine`, with an optimizer that the engine was given."""
+    integration = quiet_deepspeed()
+    model = other_weights(MODELS[run.model][0](run.dtype))
+    config = {**run.full_config(), **UNIVERSAL}
+    del config["optimizer"]
+    optimizer = LDAdamW(build_param_groups(model, **PARAMS), **PARAMS)
+    engine, *_ = integration.initialize(model=model, optimizer=optimizer, config=config)
+    engine.load_checkpoint(folder)
+    weights = go_on(run, engine, model)
+    engine.destroy()
+    return weights
 
 
 def loaded_by_name(run: Run) -> bool:
@@ -262,14 +280,14 @@ def root() -> Iterator[Path]:
 
 @once
 def saved(root: Path) -> dict[str, Weights]:
-    found: dict[str, Weights] = run_ranks(2, save_all, str(root))[0]
+    found: dict[str, Weights] = run_ranks(2, save_all, str(root), timeout=300)[0]
     return found
 
 
 @once
 def loaded(root: Path, ranks: int) -> dict[str, Any]:
     saved(root)
-    found: dict[str, Any] = run_ranks(ranks, load_all, str(root), ranks)[0]
+    found: dict[str, Any] = run_ranks(ranks, load_all, str(root), ranks, timeout=300)[0]
     return found
 
 
@@ -292,6 +310,11 @@ def test_what_is_loaded_is_what_was_saved(source: str, target: str, root: Path) 
     for name in before.params:
         for key in (FP32, *MOMENTS):
             assert torch.equal(before.tensor(name, key), after.tensor(name, key)), f"{key} of {name}"
+
+
+@pytest.mark.slow
+def test_an_optimizer_that_the_engine_was_given_is_loaded(root: Path) -> None:
+    close(loaded(root, 1)["client"], saved(root)["2"])
 
 
 @pytest.mark.slow
