@@ -31,7 +31,7 @@ class MixedNet(nn.Module):
         super().__init__()
         self.into = nn.Linear(7, 6)
         self.embed = nn.Embedding(11, 6)
-        self.frozen = nn.Linear(6, 6, bias=False).requires_grad_(False)
+        self.frozen = nn.Linear(6, 6).requires_grad_(False)
         self.experts = models.Experts()
         self.conv = nn.Conv1d(3, 4, 3, padding=1)
         self.long = nn.Linear(20, 3, bias=False)
