@@ -26,8 +26,8 @@ GIB = 2**30
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m ldadam_dist.preflight",
-        description="Checks versions, devices, ports, clocks, the output folder, collectives and their bandwidth on all "
-        "ranks. Start it as the run will be started: under torchrun, deepspeed or alone.",
+        description="Checks versions, devices, ports, clocks, the output folder, collectives and their bandwidth on "
+        "all ranks. Start it as the run will be started: under torchrun, deepspeed or alone.",
     )
     parser.add_argument("--output-dir", type=Path, default=Path("runs"), help="folder of the run (default: runs)")
     parser.add_argument(

@@ -1,7 +1,8 @@
 """Collectives and links: whether they give the right numbers, and how fast.
 
-A collective's bandwidth is the bytes that each rank must send at least, over the time: of a vector of S bytes on n ranks
-2·S·(n−1)/n for an all-reduce, S·(n−1)/n for the others. A link's is S over the time in which two hosts exchange S bytes.
+A collective's bandwidth is the bytes that each rank must send at least, over the time: of a vector of S bytes on n
+ranks 2·S·(n−1)/n for an all-reduce, S·(n−1)/n for the others. A link's is S over the time in which two hosts send each
+other S bytes.
 """
 
 from __future__ import annotations

@@ -1,0 +1,142 @@
+# shellcheck shell=bash disable=SC2004,SC2154  # arrays and names that the scripts which source this define
+# What the launch scripts share. Each has defined before: script, its name; usage, a function; option, an associative
+# array of its options and their defaults.
+
+die() {
+    echo "$script: $*" >&2
+    exit 2
+}
+
+# Options of the script go into `option`; --dry-run, --no-preflight and --help are common. All others, and what follows
+# "--", are for launch/pretrain.py and go into `training`.
+parse_options() {
+    training=() dry_run=0 preflight=${PREFLIGHT:-1}
+    local name
+    while (($#)); do
+        name=${1%%=*} name=${name#--} name=${name//_/-}
+        if [[ $1 == -- ]]; then
+            training+=("${@:2}")
+            break
+        elif [[ $1 == -h || $1 == --help ]]; then
+            usage
+            exit 0
+        elif [[ $1 == --dry-run ]]; then
+            dry_run=1
+        elif [[ $1 == --no-preflight ]]; then
+            preflight=0
+        elif [[ $1 == --* && -v option[$name] ]]; then
+            if [[ $1 == *=* ]]; then
+                option[$name]=${1#*=}
+            else
+                (($# > 1)) || die "$1 needs a value (--help lists the options)"
+                option[$name]=$2
+                shift
+            fi
+        else
+            training+=("$1")
+        fi
+        shift
+    done
+}
+
+# A whole number, at least the second argument: expect_number NAME MINIMUM
+expect_number() {
+    if [[ ! ${option[$1]} =~ ^[0-9]+$ ]] || ((10#${option[$1]} < $2)); then
+        die "--$1 ${option[$1]}: expected a whole number, at least $2"
+    fi
+}
+
+# The folder that launch/pretrain.py will write to, for the preflight; runs/ is its default.
+output_folder() {
+    local index folder=runs
+    for index in "${!training[@]}"; do
+        case ${training[index]} in
+            --output_dir) folder=${training[index + 1]:-runs} ;;
+            --output_dir=*) folder=${training[index]#*=} ;;
+        esac
+    done
+    echo "$folder"
+}
+
+# The interpreter: PYTHON, an activated environment's, the repository's, the system's.
+find_python() {
+    if [[ -n ${PYTHON:-} ]]; then
+        echo "$PYTHON"
+    elif [[ -z ${VIRTUAL_ENV:-}${CONDA_PREFIX:-} && -x $repository/.venv/bin/python ]]; then
+        echo "$repository/.venv/bin/python"
+    else
+        command -v python || command -v python3 || die "no python found: set PYTHON"
+    fi
+}
+
+# Processes of one host: its GPUs, as far as CUDA_VISIBLE_DEVICES shows them; 1 without any.
+processes_of_host() {
+    local count=0
+    if [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then
+        count=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c '[^ ]' || true)
+    elif command -v nvidia-smi >/dev/null; then
+        count=$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || true)
+    fi
+    echo $((count > 0 ? count : 1))
+}
+
+# CPU threads of each of so many processes.
+threads_of_process() {
+    local cores
+    cores=$(nproc)
+    echo "${OMP_NUM_THREADS:-$((cores > $1 ? cores / $1 : 1))}"
+}
+
+# Print a command as it could be typed in.
+show() {
+    local words
+    printf -v words '%q ' "$@"
+    echo "${words% }"
+}
+
+# Run a command in a process group of its own, and wait for it. A signal to this script asks the command to end as SIGTERM
+# does: launch/pretrain.py finishes its step and saves. Returns its exit code; `stopped` says whether there was a signal.
+run_and_forward() {
+    local child status
+    stopped=0
+    set -m
+    "$@" &
+    child=$!
+    set +m
+    trap 'stopped=1; kill -TERM -- "-$child" 2>/dev/null || true' TERM INT HUP USR1
+    while kill -0 "$child" 2>/dev/null; do
+        wait "$child" || true # a signal ends this, and the loop waits on
+    done
+    status=0
+    wait "$child" || status=$?
+    trap - TERM INT HUP USR1
+    return "$status"
+}
+
+# Run the command in the array `check`, the preflight, and then that in `train`; or print them.
+check_and_train() {
+    local status=0
+    if ((dry_run)); then
+        if ((preflight)); then show "${check[@]}"; fi
+        show "${train[@]}"
+        return
+    fi
+    if ((preflight)); then
+        run_and_forward "${check[@]}" || status=$?
+        if ((status)); then
+            echo "$script: the preflight on $(hostname) failed with exit code $status, nothing was started. What is wrong" \
+                "stands above, after 'preflight failed'. If the hosts did not find each other: is this running on all of" \
+                "them, with the same address and port? --no-preflight starts without it." >&2
+            return 1
+        fi
+    fi
+    run_and_forward "${train[@]}" || status=$?
+    if ((stopped)); then
+        echo "$script: stopped by a signal on $(hostname) (exit code $status)." >&2
+    elif ((status)); then
+        echo "$script: training failed on $(hostname) with exit code $status; the reason stands above. 'Connection closed" \
+            "by peer', 'Timed out' or 'Connection reset' in it: another host, or the link to it, is gone. Start the same" \
+            "command on all hosts again to go on from the newest checkpoint in $(output_folder)." >&2
+    fi
+    return "$status"
+}

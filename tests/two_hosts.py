@@ -1,0 +1,473 @@
+"""Two hosts on one machine: a run on both, through the death of one host's processes and a link that is cut.
+
+    sudo python tests/two_hosts.py             # torchrun, then deepspeed
+    sudo python tests/two_hosts.py torchrun --keep
+
+Each host is a process with its own network, processes, mounts and host name; a third network is the bridge between them. For both
+launchers, with the scripts in launch/: train on two hosts, kill -9 one host's processes, start again, cut the link, see both sides
+give up, restore it, start again; the weights and losses at the end are those of two processes on one host that nothing happened to.
+
+Exit code 0: all as expected; 1: not; 77: not allowed or not installed here, and why. Whatever happens, no process, network
+or file is left: the hosts live as long as the pipe that their first process reads from.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+SKIPPED = 77
+LIMIT = 240
+"""Seconds for whatever must come to an end."""
+COLLECTIVE_TIMEOUT = 20
+"""Seconds after which a rank gives up on the others."""
+NAMES = ("host-a", "host-b")
+ADDRESSES = {"host-a": "10.77.0.1", "host-b": "10.77.0.2"}
+STEPS, SAVE_EVERY = 24, 4
+
+
+class Unavailable(Exception):
+    """This machine cannot do it, and why."""
+
+
+# ---- hosts
+
+
+@dataclass
+class Host:
+    """A process, the first of its namespaces; all others there end with it."""
+
+    name: str
+    holder: subprocess.Popen[bytes]
+    keep: set[int] = field(default_factory=set)  # of its processes, those that outlive `kill`
+
+    @property
+    def init(self) -> int:
+        """Its first process."""
+        return int(Path(f"/proc/{self.holder.pid}/task/{self.holder.pid}/children").read_text().split()[0])
+
+    def command(self, *arguments: object) -> list[str]:
+        return ["nsenter", "--target", str(self.init), "--net", "--mount", "--uts", "--pid", *map(str, arguments)]
+
+    def run(self, *arguments: object) -> None:
+        call(self.command(*arguments))
+
+    def processes(self) -> set[int]:
+        """All but the first."""
+        inside = os.readlink(f"/proc/{self.init}/ns/pid")
+        found = set()
+        for folder in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if os.readlink(folder / "ns" / "pid") == inside:
+                    found.add(int(folder.name))
+        return found - {self.init}
+
+    def kill(self) -> None:
+        """kill -9 for every process of the host."""
+        for pid in self.processes() - self.keep:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def close(self) -> None:
+        assert self.holder.stdin
+        self.holder.stdin.close()
+        try:
+            self.holder.wait(10)
+        except subprocess.TimeoutExpired:
+            self.holder.kill()
+            self.holder.wait()
+
+
+def call(command: Sequence[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT)
+    if done.returncode:
+        raise Unavailable(f"`{' '.join(command)}`: {done.stderr.strip() or f'exit code {done.returncode}'}")
+
+
+def start_host(name: str, folder: Path) -> Host:
+    """A host with the files of /etc that it needs, as Debian has them: its own name is 127.0.1.1."""
+    others = "".join(f"{address} {other}\n" for other, address in ADDRESSES.items() if other != name)
+    (folder / f"hosts-{name}").write_text(f"127.0.0.1 localhost\n127.0.1.1 {name}\n{others}")
+    (folder / "shadow").write_text("root:*:19000:0:99999:7:::\n")  # not locked, no password
+    setup = (
+        f"hostname {name} && mount --bind {folder}/hosts-{name} /etc/hosts && mount --bind {folder}/shadow /etc/shadow "
+        "&& mount -t tmpfs tmpfs /run && mkdir /run/sshd && ip link set lo up && echo ready && exec cat"
+    )
+    unshare = ["unshare", "--net", "--mount", "--uts", "--pid", "--fork", "--mount-proc", "sh", "-c", setup]
+    holder = subprocess.Popen(unshare, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert holder.stdout
+    assert holder.stderr
+    if holder.stdout.readline() != b"ready\n":
+        reason = holder.stderr.read().decode().strip()
+        holder.wait()
+        raise Unavailable(f"namespaces are not allowed here: {reason}")
+    return Host(name, holder)
+
+
+@dataclass
+class Network:
+    """The two hosts and the bridge between them."""
+
+    switch: Host
+    hosts: list[Host]
+
+    def cut(self, name: str) -> None:
+        """As if the cable of a host were pulled at the switch."""
+        self.switch.run("ip", "link", "set", f"to-{name}", "down")
+
+    def restore(self, name: str) -> None:
+        self.switch.run("ip", "link", "set", f"to-{name}", "up")
+
+
+@contextlib.contextmanager
+def network(folder: Path) -> Iterator[Network]:
+    if os.geteuid() != 0:
+        raise Unavailable("needs root, to make network namespaces: sudo")
+    for program, package in {"ip": "iproute2", "unshare": "util-linux", "nsenter": "util-linux"}.items():
+        if not shutil.which(program):
+            raise Unavailable(f"{program} is not installed: apt-get install {package}")
+    with contextlib.ExitStack() as stack:
+        hosts = []
+        for name in ("switch", *NAMES):
+            hosts.append(start_host(name, folder))
+            stack.callback(hosts[-1].close)
+        switch, *hosts = hosts
+        switch.run("ip", "link", "add", "bridge", "type", "bridge")
+        switch.run("ip", "link", "set", "bridge", "up")
+        for host in hosts:
+            port = f"to-{host.name}"
+            # Made in the switch's network; the other end is moved by the number of the host's process as all see it.
+            outside = ["nsenter", "--target", str(switch.init), "--net"]
+            call([*outside, "ip", "link", "add", port, "type", "veth", "peer", "name", "eth0", "netns", str(host.init)])
+            switch.run("ip", "link", "set", port, "master", "bridge", "up")
+            host.run("ip", "address", "add", f"{ADDRESSES[host.name]}/24", "dev", "eth0")
+            host.run("ip", "link", "set", "eth0", "up")
+        yield Network(switch, hosts)
+
+
+# ---- launchers
+
+
+@dataclass
+class Launched:
+    """The processes of one start: a command on each host that has one, and what it printed."""
+
+    commands: dict[str, subprocess.Popen[bytes]]
+    logs: dict[str, Path]
+
+    def wait(self, seconds: float = LIMIT) -> dict[str, int]:
+        """Exit codes.
+
+        Raises:
+            AssertionError: one of them is still running after so long.
+        """
+        deadline = time.monotonic() + seconds
+        for name, process in self.commands.items():
+            try:
+                process.wait(max(deadline - time.monotonic(), 0.1))
+            except subprocess.TimeoutExpired:
+                raise AssertionError(f"{name} still runs after {seconds:.0f} s\n{self.output()}") from None
+        return {name: process.returncode for name, process in self.commands.items()}
+
+    def output(self) -> str:
+        return "\n".join(f"---- {name}\n{log.read_text(errors='replace')}" for name, log in self.logs.items())
+
+
+class Launcher:
+    """How runs are started: on two hosts, and on one with as many processes."""
+
+    name: str
+
+    def __init__(self, hosts: list[Host], folder: Path) -> None:
+        self.hosts, self.folder = hosts, folder
+        self.run, self.reference_run = folder / f"{self.name}-two-hosts", folder / f"{self.name}-one-host"
+        self.count = 0
+
+    def two_hosts(self) -> dict[str, list[str]]:
+        """The command of each host."""
+        raise NotImplementedError
+
+    def one_host(self) -> list[str]:
+        raise NotImplementedError
+
+    def training(self, run: Path) -> list[str]:
+        """Options of launch/pretrain.py; a run that has a checkpoint goes on from the newest."""
+        resume = ["--resume", "latest"] if checkpoints(run) else []
+        return ["--config", str(self.folder / "tiny.yaml"), "--output_dir", str(run), *resume]
+
+    def start(self, preflight: bool = False) -> Launched:
+        options = [] if preflight else ["--no-preflight"]
+        commands = {
+            host.name: host.command(*command, *options, *self.training(self.run))
+            for host in self.hosts
+            if (command := self.two_hosts().get(host.name))
+        }
+        return self.launch(commands)
+
+    def reference(self) -> Launched:
+        return self.launch({"one host": [*self.one_host(), "--no-preflight", *self.training(self.reference_run)]})
+
+    def launch(self, commands: dict[str, list[str]]) -> Launched:
+        self.count += 1
+        logs = {name: self.folder / f"{self.name}-{self.count}-{name.replace(' ', '-')}.log" for name in commands}
+        environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", **self.environment()}
+        started = {}
+        for name, command in commands.items():
+            with logs[name].open("wb") as log:
+                started[name] = subprocess.Popen(
+                    command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
+                )
+        return Launched(started, logs)
+
+    def environment(self) -> dict[str, str]:
+        return {}
+
+
+class Torchrun(Launcher):
+    name = "torchrun"
+    script = [str(REPOSITORY / "launch" / "torchrun.sh"), "--collective-timeout", str(COLLECTIVE_TIMEOUT)]
+
+    def two_hosts(self) -> dict[str, list[str]]:
+        meet = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-endpoint", f"{ADDRESSES['host-a']}:29500"]
+        return {host.name: [*self.script, *meet] for host in self.hosts}
+
+    def one_host(self) -> list[str]:
+        return [*self.script, "--nproc-per-node", "2"]
+
+
+class DeepSpeed(Launcher):
+    """The launcher on the first host, which reaches both with pdsh over ssh, a daemon with keys of its own on each."""
+
+    name = "deepspeed"
+    script = [str(REPOSITORY / "launch" / "deepspeed.sh"), "--collective-timeout", str(COLLECTIVE_TIMEOUT)]
+
+    def __init__(self, hosts: list[Host], folder: Path) -> None:
+        super().__init__(hosts, folder)
+        missing = [program for program in ("/usr/sbin/sshd", "ssh", "ssh-keygen", "pdsh") if not shutil.which(program)]
+        if missing:
+            install = "apt-get install openssh-server openssh-client pdsh"
+            raise Unavailable(f"{', '.join(missing)} not installed: {install}")
+        try:
+            import deepspeed  # noqa: F401
+        except ImportError:
+            raise Unavailable("deepspeed is not installed: pip install -e '.[deepspeed]'") from None
+        (folder / "hostfile").write_text("".join(f"{address} slots=1\n" for address in ADDRESSES.values()))
+        self.ssh = folder / "ssh"
+        self.ssh.mkdir(mode=0o700)
+        for key in ("host", "user"):
+            call(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(self.ssh / key)])
+        (self.ssh / "sshd_config").write_text(
+            f"HostKey {self.ssh}/host\nAuthorizedKeysFile {self.ssh}/user.pub\nPidFile none\nUsePAM no\nStrictModes no\n"
+            "PermitRootLogin prohibit-password\nPasswordAuthentication no\nMaxStartups 100\n"
+        )
+        (self.ssh / "config").write_text(
+            f"IdentityFile {self.ssh}/user\nIdentitiesOnly yes\nStrictHostKeyChecking no\n"
+            f"UserKnownHostsFile {self.ssh}/known_hosts\nLogLevel ERROR\nBatchMode yes\nConnectTimeout 10\n"
+        )
+        # deepspeed and pdsh call "ssh": one that reads only this configuration.
+        (self.ssh / "bin").mkdir()
+        wrapper = self.ssh / "bin" / "ssh"
+        wrapper.write_text(f'#!/bin/sh\nexec {shutil.which("ssh")} -F {self.ssh}/config "$@"\n')
+        wrapper.chmod(0o755)
+        for host in hosts:
+            before = host.processes()
+            host.run("/usr/sbin/sshd", "-f", self.ssh / "sshd_config", "-E", self.ssh / f"{host.name}.log")
+            host.keep = host.processes() - before
+
+    def environment(self) -> dict[str, str]:
+        return {"PATH": f"{self.ssh}/bin:{os.environ['PATH']}"}
+
+    def training(self, run: Path) -> list[str]:
+        return [*super().training(run), "--deepspeed", str(REPOSITORY / "configs" / "deepspeed" / "zero2.json")]
+
+    def two_hosts(self) -> dict[str, list[str]]:
+        return {"host-a": [*self.script, "--hostfile", str(self.folder / "hostfile")]}
+
+    def one_host(self) -> list[str]:
+        return [*self.script, "--num-gpus", "2"]
+
+
+# ---- what happens
+
+
+def write_config(folder: Path) -> None:
+    shapes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_hidden_layers": 1}
+    (folder / "model.json").write_text(json.dumps({**shapes, "max_position_embeddings": 64}))
+    options = {
+        **{"model": str(folder / "model.json"), "data": str(REPOSITORY / "docs" / "*.md"), "text_unit": "paragraph"},
+        **{"cache_dir": str(folder / "cache"), "validation_fraction": 0.2, "vocab_size": 300, "seq_len": 32},
+        **{"rank": 4, "warmup_steps": 3, "steps": STEPS, "batch_size": 8, "save_every": SAVE_EVERY, "eval_every": 0},
+    }
+    (folder / "tiny.yaml").write_text(json.dumps(options))  # which is YAML
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """Whole ones, oldest first."""
+    return sorted((run / "checkpoints").glob("step_[0-9]*"))
+
+
+def wait_for(what: str, condition: Callable[[], object], launched: Launched) -> None:
+    deadline = time.monotonic() + LIMIT
+    while not condition():
+        ended = {name: process.poll() for name, process in launched.commands.items() if process.poll() is not None}
+        assert not ended, f"ended with {ended} before {what}\n{launched.output()}"
+        assert time.monotonic() < deadline, f"{what}: not within {LIMIT} s\n{launched.output()}"
+        time.sleep(0.01)
+
+
+def sequence(launcher: Launcher, net: Network, say: Callable[[str], None]) -> None:
+    """All of it under one launcher.
+
+    Raises:
+        AssertionError: something went otherwise than expected; with the output of the launchers.
+    """
+    first, second = net.hosts
+    run = launcher.run
+
+    def new_checkpoint(launched: Launched) -> int:
+        before = len(checkpoints(run))
+        wait_for("a new checkpoint", lambda: len(checkpoints(run)) > before, launched)
+        return int(checkpoints(run)[-1].name.removeprefix("step_"))
+
+    def failed(launched: Launched, words: Sequence[str]) -> None:
+        """Both sides end, with an exit code and words that tell."""
+        started = time.monotonic()
+        codes = launched.wait()
+        seconds = time.monotonic() - started
+        output = launched.output()
+        assert all(codes.values()), f"exit codes {codes}\n{output}"
+        assert any(word in output for word in words), f"none of {words} in\n{output}"
+        wait_for_none(net.hosts)
+        say(f"all processes gave up within {seconds:.0f} s, exit codes {codes}; the newest checkpoint is {newest(run)}")
+        assert newest(run) < STEPS, "the run was over before"
+
+    launched = launcher.start(preflight=True)
+    step = new_checkpoint(launched)
+    assert "preflight: all is well" in launched.output(), launched.output()
+    say(f"two hosts passed the preflight and train; step {step} is saved")
+    second.kill()
+    say(f"kill -9 of all processes of {second.name}")
+    failed(launched, ["Connection closed by peer", "Connection reset by peer", "Broken pipe"])
+
+    launched = launcher.start()
+    step = new_checkpoint(launched)
+    say(f"started again; went on, and step {step} is saved")
+    net.cut(second.name)
+    say(f"link of {second.name} cut")
+    reference = launcher.reference()
+    failed(launched, ["Timed out", "timed out"])
+    net.restore(second.name)
+    say("link restored")
+
+    launched = launcher.start()
+    codes = launched.wait()
+    assert not any(codes.values()), f"exit codes {codes}\n{launched.output()}"
+    codes = reference.wait()
+    assert not any(codes.values()), f"exit codes {codes}\n{reference.output()}"
+    compare(run, launcher.reference_run)
+    say(f"started again; went on to step {newest(run)}, with the losses and weights of a run on one host, bit by bit")
+
+
+def newest(run: Path) -> int:
+    return int(checkpoints(run)[-1].name.removeprefix("step_"))
+
+
+def wait_for_none(hosts: Sequence[Host]) -> None:
+    """Until no process of a run is left on the hosts."""
+    deadline = time.monotonic() + LIMIT
+    while any(host.processes() - host.keep for host in hosts):
+        assert time.monotonic() < deadline, "processes outlive the launcher"
+        time.sleep(0.05)
+
+
+def compare(run: Path, reference: Path) -> None:
+    import torch
+
+    def losses(folder: Path) -> list[tuple[object, ...]]:
+        lines = (folder / "log.jsonl").read_text().splitlines()
+        return [tuple(json.loads(line)[name] for name in ("step", "loss", "val_loss", "grad_norm")) for line in lines]
+
+    found, expected = losses(run), losses(reference)
+    assert len(found) == STEPS, f"{len(found)} steps are in the log"
+    different = [pair for pair in zip(found, expected, strict=True) if pair[0] != pair[1]]
+    assert not different, f"(step, loss, validation loss, norm) differ from those of one host, first: {different[0]}"
+    weights, expected_weights = load_weights(checkpoints(run)[-1]), load_weights(checkpoints(reference)[-1])
+    assert weights.keys() == expected_weights.keys()
+    for name, weight in weights.items():
+        assert torch.equal(weight, expected_weights[name]), f"{name} differs from that of one host"
+
+
+def load_weights(checkpoint: Path) -> dict[str, object]:
+    import torch
+    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+    zero = checkpoint / "zero" / "mp_rank_00_model_states.pt"
+    if zero.exists():
+        return dict(torch.load(zero, weights_only=False)["module"])
+    with tempfile.NamedTemporaryFile() as file:
+        dcp_to_torch_save(checkpoint, file.name)
+        return dict(torch.load(file.name, weights_only=False)["model"])
+
+
+LAUNCHERS: dict[str, type[Launcher]] = {"torchrun": Torchrun, "deepspeed": DeepSpeed}
+
+
+def check(name: str, folder: Path, say: Callable[[str], None]) -> None:
+    """The whole sequence under a launcher; writes into the folder.
+
+    Raises:
+        Unavailable: this machine cannot do it.
+        AssertionError: something went otherwise than expected.
+    """
+    write_config(folder)
+    with network(folder) as net:
+        sequence(LAUNCHERS[name](net.hosts, folder), net, say)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("launchers", nargs="*", metavar="LAUNCHER", help=f"of {', '.join(LAUNCHERS)} (default: all)")
+    parser.add_argument("--keep", action="store_true", help="keep the folder with logs and checkpoints, and name it")
+    options = parser.parse_args(arguments)
+    if unknown := set(options.launchers) - set(LAUNCHERS):
+        parser.error(f"{', '.join(unknown)}: expected {' or '.join(LAUNCHERS)}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # cleans up as Ctrl-C does
+    results = []
+    for name in options.launchers or LAUNCHERS:
+        started = time.monotonic()
+
+        def say(message: str, name: str = name, started: float = started) -> None:
+            print(f"[{name} {time.monotonic() - started:5.1f} s] {message}", flush=True)
+
+        folder = Path(tempfile.mkdtemp(prefix="two-hosts-"))
+        try:
+            check(name, folder, say)
+            results.append(0)
+        except Unavailable as error:
+            say(f"skipped: {error}")
+            results.append(SKIPPED)
+        except AssertionError as error:
+            say(f"FAILED: {error}")
+            results.append(1)
+        finally:
+            if options.keep:
+                say(f"kept {folder}")
+            else:
+                shutil.rmtree(folder, ignore_errors=True)
+    return 1 if 1 in results else min(results)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
