@@ -96,13 +96,18 @@ show() {
 
 # Run a command in a process group of its own, and wait for it. A signal to this script asks the command to end as SIGTERM
 # does: launch/pretrain.py finishes its step and saves. Returns its exit code; `stopped` says whether there was a signal.
+# With `stuck_after`, in seconds, torchrun is ended when it does not notice that all its ranks have.
 run_and_forward() {
-    local child status
+    local child status watcher=
     stopped=0
     set -m
     "$@" &
     child=$!
     set +m
+    if [[ -n ${stuck_after:-} ]]; then
+        end_if_stuck "$child" &
+        watcher=$!
+    fi
     trap 'stopped=1; kill -TERM -- "-$child" 2>/dev/null || true' TERM INT HUP USR1
     while kill -0 "$child" 2>/dev/null; do
         wait "$child" || true # a signal ends this, and the loop waits on
@@ -110,7 +115,32 @@ run_and_forward() {
     status=0
     wait "$child" || status=$?
     trap - TERM INT HUP USR1
+    if [[ -n $watcher ]]; then kill "$watcher" 2>/dev/null || true; fi
     return "$status"
+}
+
+# torchrun asks the first host's store for news all the time. If the link is cut meanwhile it waits for the answer until TCP
+# gives up, a quarter of an hour; its ranks have given up by then, and are defunct processes that nobody has looked at.
+end_if_stuck() {
+    local child children seconds=0 state
+    while sleep 2; do
+        children=$(cat "/proc/$1/task/"*/children 2>/dev/null) || true
+        state=none
+        for child in $children; do
+            if grep -q '^State:[[:space:]]*Z' "/proc/$child/status" 2>/dev/null; then
+                if [[ $state == none ]]; then state=defunct; fi
+            else
+                state=running
+            fi
+        done
+        if [[ $state == defunct ]]; then seconds=$((seconds + 2)); else seconds=0; fi
+        if ((seconds >= stuck_after)); then
+            echo "$script: all ranks on $(hostname) have ended, and torchrun hears nothing from the rendezvous on the first" \
+                "host: the link to it is gone, or it is. Ending torchrun." >&2
+            kill -KILL -- "-$1" 2>/dev/null || true
+            return
+        fi
+    done
 }
 
 # Run the command in the array `check`, the preflight, and then that in `train`; or print them.

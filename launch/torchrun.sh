@@ -86,6 +86,7 @@ else
 fi
 
 torchrun=(env "${environment[@]}" "$python" -m torch.distributed.run "--nproc-per-node=${option[nproc-per-node]}")
+if [[ -n ${option[rdzv-endpoint]} ]]; then stuck_after=${option[collective-timeout]:-60}; fi
 check=("${torchrun[@]}" "${meet_to_check[@]}" -m ldadam_dist.preflight --output-dir "$(output_folder)")
 train=(
     "${torchrun[@]}" "${meet_to_train[@]}" "--max-restarts=${option[max-restarts]}"

@@ -31,7 +31,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 SKIPPED = 77
 LIMIT = 240
 """Seconds for whatever must come to an end."""
-COLLECTIVE_TIMEOUT = 20
+COLLECTIVE_TIMEOUT = 15
 """Seconds after which a rank gives up on the others."""
 NAMES = ("host-a", "host-b")
 ADDRESSES = {"host-a": "10.77.0.1", "host-b": "10.77.0.2"}
@@ -65,12 +65,12 @@ class Host:
         call(self.command(*arguments))
 
     def processes(self) -> set[int]:
-        """All but the first."""
+        """All but the first, and but those that have ended."""
         inside = os.readlink(f"/proc/{self.init}/ns/pid")
         found = set()
         for folder in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
-                if os.readlink(folder / "ns" / "pid") == inside:
+                if os.readlink(folder / "ns" / "pid") == inside and (folder / "cmdline").read_bytes():
                     found.add(int(folder.name))
         return found - {self.init}
 

@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         address = own_address(place)
         with hosts.listener(address if place.leads_host else None) as port:
             facts = look(place, options.output_dir, address, port)
-            problems = (decide if place.number == 0 else follow)(meeting, facts, options)
+            problems = (lead if place.number == 0 else follow)(meeting, facts, options)
         meeting.close()
     except (MeetingError, ValueError) as error:
         print(f"preflight failed: {error}", file=sys.stderr, flush=True)
@@ -76,8 +76,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if problems else 0
 
 
+def lead(meeting: Meeting, facts: Facts, options: argparse.Namespace) -> list[str]:
+    """Rank 0: the problems, told to the others as well, also that they could not be found out."""
+    try:
+        meeting.expect_all()
+        return decide(meeting, facts, options)
+    except MeetingError as error:
+        meeting.call_off(str(error))
+        return [str(error)]
+
+
 def decide(meeting: Meeting, facts: Facts, options: argparse.Namespace) -> list[str]:
-    """Rank 0: collect what the others find, print the tables, and tell all the problems."""
+    """Collect what the others find, print the tables, and tell all the problems."""
     size, timeout = meeting.place.size, meeting.timeout
     meeting.tell("facts", asdict(facts))
     reports = meeting.collect("facts", range(size), timeout)
@@ -129,8 +139,9 @@ def follow(meeting: Meeting, facts: Facts, options: argparse.Namespace) -> list[
     meeting.tell("facts", asdict(facts))
     if meeting.place.leads_host:
         asked = meeting.hear("look around")
-        meeting.tell("found", look_around(asked["targets"], asked["file"], options.output_dir))
-        meeting.answer_pings()
+        if asked is not None:
+            meeting.tell("found", look_around(asked["targets"], asked["file"], options.output_dir))
+            meeting.answer_pings()
     leaders = meeting.hear("leaders")
     if leaders is not None:
         meeting.tell("measured", run_collectives(meeting, leaders, options))

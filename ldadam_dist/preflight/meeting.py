@@ -27,22 +27,34 @@ class Meeting:
     Args:
         timeout: seconds to wait for all ranks, and then for each answer.
     Raises:
-        MeetingError: the store cannot be reached or opened, or ranks did not come in time.
+        MeetingError: the store cannot be reached or opened.
     """
 
     def __init__(self, place: Place, timeout: float) -> None:
         self.place, self.timeout = place, timeout
         self.store = PrefixStore("preflight", self._open() if place.master else HashStore())
         self.tell("here", socket.gethostname())
-        if place.number == 0:
-            came = self.collect("here", range(place.size), timeout)
-            missing = [number for number in range(place.size) if number not in came]
-            if missing:
-                came_from = ", ".join(dict.fromkeys(came.values()))
-                raise MeetingError(
-                    f"rank(s) {', '.join(map(str, missing))} of {place.size} did not come within {timeout:.0f} s; "
-                    f"those of {came_from} did. Look at what the missing ones printed, and start all hosts together."
-                )
+
+    def expect_all(self) -> None:
+        """On rank 0: wait for the others.
+
+        Raises:
+            MeetingError: some did not come in time.
+        """
+        everyone = range(self.place.size)
+        came = self.collect("here", everyone, self.timeout)
+        if missing := [str(number) for number in everyone if number not in came]:
+            raise MeetingError(
+                f"rank(s) {', '.join(missing)} of {self.place.size} did not come within {self.timeout:.0f} s; those of "
+                f"{', '.join(dict.fromkeys(came.values()))} did. Look at what the missing ones printed, and start all "
+                "hosts together."
+            )
+
+    def call_off(self, problem: str) -> None:
+        """On rank 0: answer whatever the others wait for, and tell them why."""
+        self.tell("look around", None)
+        self.tell("leaders", None)
+        self.tell("problems", [problem])
 
     def _open(self) -> Store:
         assert self.place.master
@@ -123,7 +135,8 @@ class Meeting:
         """Rank 0 keeps the store until the others have read the last word."""
         self.tell("done", None)
         if self.place.number == 0:
-            self.collect("done", range(self.place.size), min(self.timeout, 10))
+            came = [number for number in range(self.place.size) if self.store.check([f"here/{number}"])]
+            self.collect("done", came, min(self.timeout, 10))
 
 
 def first_line(error: BaseException) -> str:
