@@ -123,7 +123,7 @@ run_and_forward() {
 # gives up, a quarter of an hour; its ranks have given up by then, and are defunct processes that nobody has looked at.
 end_if_stuck() {
     local child children seconds=0 state
-    while sleep 2; do
+    while sleep 2 >/dev/null 2>&1; do
         children=$(cat "/proc/$1/task/"*/children 2>/dev/null) || true
         state=none
         for child in $children; do

@@ -1,20 +1,18 @@
 """Two hosts on one machine: a run on both, through the death of one host's processes and a link that is cut.
 
-    sudo python tests/two_hosts.py             # torchrun, then deepspeed
-    sudo python tests/two_hosts.py torchrun --keep
+    sudo python tests/two_hosts.py                      # torchrun, then deepspeed
+    sudo python tests/two_hosts.py torchrun --keep      # one of them; keeps logs and checkpoints
 
-Each host is a process with its own network, processes, mounts and host name; a third network is the bridge between them. For both
-launchers, with the scripts in launch/: train on two hosts, kill -9 one host's processes, start again, cut the link, see both sides
-give up, restore it, start again; the weights and losses at the end are those of two processes on one host that nothing happened to.
+Under each launcher, with the scripts in launch/: train on two hosts, kill -9 one host's processes, start again, cut the
+link, see both sides give up, restore it, start again. Weights and losses at the end are those of two processes on one
+host to which nothing happened, bit by bit. The hosts are network namespaces (namespaces.py).
 
-Exit code 0: all as expected; 1: not; 77: not allowed or not installed here, and why. Whatever happens, no process, network
-or file is left: the hosts live as long as the pipe that their first process reads from.
+Exit code 0: all as expected; 1: not; 77: not allowed or not installed here, and why. Nothing is left behind.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import shutil
@@ -23,9 +21,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+
+from namespaces import ADDRESSES, Host, Network, UnavailableError, call, network
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SKIPPED = 77
@@ -33,131 +33,7 @@ LIMIT = 240
 """Seconds for whatever must come to an end."""
 COLLECTIVE_TIMEOUT = 15
 """Seconds after which a rank gives up on the others."""
-NAMES = ("host-a", "host-b")
-ADDRESSES = {"host-a": "10.77.0.1", "host-b": "10.77.0.2"}
 STEPS, SAVE_EVERY = 24, 4
-
-
-class Unavailable(Exception):
-    """This machine cannot do it, and why."""
-
-
-# ---- hosts
-
-
-@dataclass
-class Host:
-    """A process, the first of its namespaces; all others there end with it."""
-
-    name: str
-    holder: subprocess.Popen[bytes]
-    keep: set[int] = field(default_factory=set)  # of its processes, those that outlive `kill`
-
-    @property
-    def init(self) -> int:
-        """Its first process."""
-        return int(Path(f"/proc/{self.holder.pid}/task/{self.holder.pid}/children").read_text().split()[0])
-
-    def command(self, *arguments: object) -> list[str]:
-        return ["nsenter", "--target", str(self.init), "--net", "--mount", "--uts", "--pid", *map(str, arguments)]
-
-    def run(self, *arguments: object) -> None:
-        call(self.command(*arguments))
-
-    def processes(self) -> set[int]:
-        """All but the first, and but those that have ended."""
-        inside = os.readlink(f"/proc/{self.init}/ns/pid")
-        found = set()
-        for folder in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError):
-                if os.readlink(folder / "ns" / "pid") == inside and (folder / "cmdline").read_bytes():
-                    found.add(int(folder.name))
-        return found - {self.init}
-
-    def kill(self) -> None:
-        """kill -9 for every process of the host."""
-        for pid in self.processes() - self.keep:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-
-    def close(self) -> None:
-        assert self.holder.stdin
-        self.holder.stdin.close()
-        try:
-            self.holder.wait(10)
-        except subprocess.TimeoutExpired:
-            self.holder.kill()
-            self.holder.wait()
-
-
-def call(command: Sequence[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT)
-    if done.returncode:
-        raise Unavailable(f"`{' '.join(command)}`: {done.stderr.strip() or f'exit code {done.returncode}'}")
-
-
-def start_host(name: str, folder: Path) -> Host:
-    """A host with the files of /etc that it needs, as Debian has them: its own name is 127.0.1.1."""
-    others = "".join(f"{address} {other}\n" for other, address in ADDRESSES.items() if other != name)
-    (folder / f"hosts-{name}").write_text(f"127.0.0.1 localhost\n127.0.1.1 {name}\n{others}")
-    (folder / "shadow").write_text("root:*:19000:0:99999:7:::\n")  # not locked, no password
-    setup = (
-        f"hostname {name} && mount --bind {folder}/hosts-{name} /etc/hosts && mount --bind {folder}/shadow /etc/shadow "
-        "&& mount -t tmpfs tmpfs /run && mkdir /run/sshd && ip link set lo up && echo ready && exec cat"
-    )
-    unshare = ["unshare", "--net", "--mount", "--uts", "--pid", "--fork", "--mount-proc", "sh", "-c", setup]
-    holder = subprocess.Popen(unshare, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    assert holder.stdout
-    assert holder.stderr
-    if holder.stdout.readline() != b"ready\n":
-        reason = holder.stderr.read().decode().strip()
-        holder.wait()
-        raise Unavailable(f"namespaces are not allowed here: {reason}")
-    return Host(name, holder)
-
-
-@dataclass
-class Network:
-    """The two hosts and the bridge between them."""
-
-    switch: Host
-    hosts: list[Host]
-
-    def cut(self, name: str) -> None:
-        """As if the cable of a host were pulled at the switch."""
-        self.switch.run("ip", "link", "set", f"to-{name}", "down")
-
-    def restore(self, name: str) -> None:
-        self.switch.run("ip", "link", "set", f"to-{name}", "up")
-
-
-@contextlib.contextmanager
-def network(folder: Path) -> Iterator[Network]:
-    if os.geteuid() != 0:
-        raise Unavailable("needs root, to make network namespaces: sudo")
-    for program, package in {"ip": "iproute2", "unshare": "util-linux", "nsenter": "util-linux"}.items():
-        if not shutil.which(program):
-            raise Unavailable(f"{program} is not installed: apt-get install {package}")
-    with contextlib.ExitStack() as stack:
-        hosts = []
-        for name in ("switch", *NAMES):
-            hosts.append(start_host(name, folder))
-            stack.callback(hosts[-1].close)
-        switch, *hosts = hosts
-        switch.run("ip", "link", "add", "bridge", "type", "bridge")
-        switch.run("ip", "link", "set", "bridge", "up")
-        for host in hosts:
-            port = f"to-{host.name}"
-            # Made in the switch's network; the other end is moved by the number of the host's process as all see it.
-            outside = ["nsenter", "--target", str(switch.init), "--net"]
-            call([*outside, "ip", "link", "add", port, "type", "veth", "peer", "name", "eth0", "netns", str(host.init)])
-            switch.run("ip", "link", "set", port, "master", "bridge", "up")
-            host.run("ip", "address", "add", f"{ADDRESSES[host.name]}/24", "dev", "eth0")
-            host.run("ip", "link", "set", "eth0", "up")
-        yield Network(switch, hosts)
-
-
-# ---- launchers
 
 
 @dataclass
@@ -237,7 +113,7 @@ class Launcher:
 
 class Torchrun(Launcher):
     name = "torchrun"
-    script = [str(REPOSITORY / "launch" / "torchrun.sh"), "--collective-timeout", str(COLLECTIVE_TIMEOUT)]
+    script = (str(REPOSITORY / "launch" / "torchrun.sh"), "--collective-timeout", str(COLLECTIVE_TIMEOUT))
 
     def two_hosts(self) -> dict[str, list[str]]:
         meet = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-endpoint", f"{ADDRESSES['host-a']}:29500"]
@@ -251,26 +127,27 @@ class DeepSpeed(Launcher):
     """The launcher on the first host, which reaches both with pdsh over ssh, a daemon with keys of its own on each."""
 
     name = "deepspeed"
-    script = [str(REPOSITORY / "launch" / "deepspeed.sh"), "--collective-timeout", str(COLLECTIVE_TIMEOUT)]
+    script = (str(REPOSITORY / "launch" / "deepspeed.sh"), "--collective-timeout", str(COLLECTIVE_TIMEOUT))
 
     def __init__(self, hosts: list[Host], folder: Path) -> None:
         super().__init__(hosts, folder)
         missing = [program for program in ("/usr/sbin/sshd", "ssh", "ssh-keygen", "pdsh") if not shutil.which(program)]
         if missing:
             install = "apt-get install openssh-server openssh-client pdsh"
-            raise Unavailable(f"{', '.join(missing)} not installed: {install}")
+            raise UnavailableError(f"{', '.join(missing)} not installed: {install}")
         try:
             import deepspeed  # noqa: F401
         except ImportError:
-            raise Unavailable("deepspeed is not installed: pip install -e '.[deepspeed]'") from None
+            raise UnavailableError("deepspeed is not installed: pip install -e '.[deepspeed]'") from None
         (folder / "hostfile").write_text("".join(f"{address} slots=1\n" for address in ADDRESSES.values()))
         self.ssh = folder / "ssh"
         self.ssh.mkdir(mode=0o700)
         for key in ("host", "user"):
             call(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(self.ssh / key)])
         (self.ssh / "sshd_config").write_text(
-            f"HostKey {self.ssh}/host\nAuthorizedKeysFile {self.ssh}/user.pub\nPidFile none\nUsePAM no\nStrictModes no\n"
-            "PermitRootLogin prohibit-password\nPasswordAuthentication no\nMaxStartups 100\n"
+            f"HostKey {self.ssh}/host\nAuthorizedKeysFile {self.ssh}/user.pub\nPidFile none\nUsePAM no\n"
+            "StrictModes no\nPermitRootLogin prohibit-password\nPasswordAuthentication no\n"
+            "ClientAliveInterval 10\nClientAliveCountMax 3\n"  # or a session outlives its link
         )
         (self.ssh / "config").write_text(
             f"IdentityFile {self.ssh}/user\nIdentitiesOnly yes\nStrictHostKeyChecking no\n"
@@ -299,16 +176,23 @@ class DeepSpeed(Launcher):
         return [*self.script, "--num-gpus", "2"]
 
 
-# ---- what happens
-
-
 def write_config(folder: Path) -> None:
     shapes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_hidden_layers": 1}
     (folder / "model.json").write_text(json.dumps({**shapes, "max_position_embeddings": 64}))
     options = {
-        **{"model": str(folder / "model.json"), "data": str(REPOSITORY / "docs" / "*.md"), "text_unit": "paragraph"},
-        **{"cache_dir": str(folder / "cache"), "validation_fraction": 0.2, "vocab_size": 300, "seq_len": 32},
-        **{"rank": 4, "warmup_steps": 3, "steps": STEPS, "batch_size": 8, "save_every": SAVE_EVERY, "eval_every": 0},
+        "model": str(folder / "model.json"),
+        "data": str(REPOSITORY / "docs" / "*.md"),
+        "text_unit": "paragraph",
+        "cache_dir": str(folder / "cache"),
+        "validation_fraction": 0.2,
+        "vocab_size": 300,
+        "seq_len": 32,
+        "rank": 4,
+        "warmup_steps": 3,
+        "steps": STEPS,
+        "batch_size": 8,
+        "save_every": SAVE_EVERY,
+        "eval_every": 0,
     }
     (folder / "tiny.yaml").write_text(json.dumps(options))  # which is YAML
 
@@ -333,8 +217,7 @@ def sequence(launcher: Launcher, net: Network, say: Callable[[str], None]) -> No
     Raises:
         AssertionError: something went otherwise than expected; with the output of the launchers.
     """
-    first, second = net.hosts
-    run = launcher.run
+    run, second = launcher.run, net.hosts[1]
 
     def new_checkpoint(launched: Launched) -> int:
         before = len(checkpoints(run))
@@ -428,7 +311,7 @@ def check(name: str, folder: Path, say: Callable[[str], None]) -> None:
     """The whole sequence under a launcher; writes into the folder.
 
     Raises:
-        Unavailable: this machine cannot do it.
+        UnavailableError: this machine cannot do it.
         AssertionError: something went otherwise than expected.
     """
     write_config(folder)
@@ -455,7 +338,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             check(name, folder, say)
             results.append(0)
-        except Unavailable as error:
+        except UnavailableError as error:
             say(f"skipped: {error}")
             results.append(SKIPPED)
         except AssertionError as error:
