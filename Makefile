@@ -39,7 +39,7 @@ venv: $(RUN)  ## create .venv, empty
 
 install: $(INSTALLED)  ## .venv with the package (editable), training and test dependencies
 
-install-dev: $(INSTALLED_DEV)  ## the same with ruff, mypy and pre-commit
+install-dev: $(INSTALLED_DEV)  ## the same with ruff, mypy, shellcheck and pre-commit
 
 # Two processes on one machine share its cores.
 THREADS := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(( $$(nproc) > $(NPROC) ? $$(nproc) / $(NPROC) : 1 ))}
@@ -64,9 +64,10 @@ test-slow: $(INSTALLED)  ## the tests marked slow
 test-gpu:  ## the tests marked gpu, with PYTHON as it is
 	$(PYTHON) -m pytest -m gpu -W default --ignore tests/launch tests $(ARGS)
 
-lint: $(INSTALLED_DEV)  ## ruff
+lint: $(INSTALLED_DEV)  ## ruff, and shellcheck for the launch scripts
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(VENV)/bin/shellcheck -x launch/*.sh launch/slurm.sbatch
 
 format: $(INSTALLED_DEV)  ## let ruff fix and format
 	$(RUN) -m ruff check --fix .

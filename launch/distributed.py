@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from launch.config import expect
+from ldadam_dist.network import choose_interface
 
 
 class FailedRankError(RuntimeError):
@@ -131,6 +132,8 @@ def start(needs_group: bool = False, timeout_minutes: float = 30.0) -> World:
         device = torch.device("cpu")
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         torch.set_num_threads(max(1, cores // local_size))
+    limit_waiting(timedelta(minutes=timeout_minutes))
+    choose_interface()
     options: dict[str, Any] = {"timeout": timedelta(minutes=timeout_minutes)}
     if not os.environ.keys() >= {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}:  # not started by a launcher
         if not needs_group:
@@ -145,6 +148,15 @@ def start(needs_group: bool = False, timeout_minutes: float = 30.0) -> World:
     else:
         dist.init_process_group("gloo", **options)
     return World(dist.get_rank(), dist.get_world_size(), local_rank, device, timeout=options["timeout"])
+
+
+def limit_waiting(timeout: timedelta) -> None:
+    """Have ranks wait no longer for each other in any group that is made from now on.
+
+    DeepSpeed and others make groups for themselves, with torch's defaults; so these are changed.
+    """
+    for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
+        setattr(dist.distributed_c10d, name, timeout)
 
 
 def meet(store: dist.Store, rank: int, size: int, timeout_minutes: float) -> dist.Store:
