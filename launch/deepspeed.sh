@@ -95,9 +95,9 @@ hand_on() {
 environment=("PYTHONPATH=$repository${PYTHONPATH:+:$PYTHONPATH}" "OMP_NUM_THREADS=$(threads_of_process "$processes")")
 [[ -z ${option[collective-timeout]} ]] || environment+=("LDADAM_TIMEOUT=$LDADAM_TIMEOUT")
 if [[ -n ${option[hostfile]} && -z ${option[node-rank]} ]]; then
-    # ssh that notices a host which is gone, where it would wait for it for hours
+    # ssh that notices a host which is gone, where it would wait for it for hours; of options given twice it takes the first
     alive="-o ServerAliveInterval=10 -o ServerAliveCountMax=3"
-    environment+=("PDSH_SSH_ARGS_APPEND=$alive${PDSH_SSH_ARGS_APPEND:+ $PDSH_SSH_ARGS_APPEND}")
+    environment+=("PDSH_SSH_ARGS_APPEND=${PDSH_SSH_ARGS_APPEND:+$PDSH_SSH_ARGS_APPEND }$alive")
     if ((dry_run)); then
         echo "# FILE, variables for the hosts:"
         hand_on | sed 's/^/#   /'

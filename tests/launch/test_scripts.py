@@ -333,7 +333,6 @@ def test_scripts_really_train(script: str, environment: dict[str, str], tiny_con
     assert done.returncode == 0, done.stdout + done.stderr
     assert "preflight: all is well" in done.stdout
     assert read_log(tmp_path / "run")[-1]["step"] == 10
-    assert run(name, "--no-preflight", *arguments[:-2], "--lr", "x", environment=environment).returncode == 1
 
 
 def test_all_groups_keep_the_collective_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
