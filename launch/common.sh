@@ -153,7 +153,10 @@ check_and_train() {
     fi
     if ((preflight)); then
         run_and_forward "${check[@]}" || status=$?
-        if ((status)); then
+        if ((stopped)); then
+            echo "$script: stopped by a signal on $(hostname), in the preflight." >&2
+            return 1
+        elif ((status)); then
             echo "$script: the preflight on $(hostname) failed with exit code $status, nothing was started. What is wrong" \
                 "stands above, after 'preflight failed'. If the hosts did not find each other: is this running on all of" \
                 "them, with the same address and port? --no-preflight starts without it." >&2

@@ -67,7 +67,7 @@ if [[ -n ${option[rdzv-endpoint]} ]]; then
     # the others a name that they may not know. So who hosts the rendezvous, and each host's address, are given.
     read -r local_address is_host < <("$python" -I "$repository/ldadam_dist/network.py" "$host" 2>/dev/null) ||
         die "--rdzv-endpoint $endpoint: this host ($(hostname)) does not know the name, or has no route there"
-    if [[ $host != localhost && $host != 127.* && $host != ::1 && $local_address =~ ^(127\.|::1$) ]]; then
+    if [[ ${option[nnodes]} != 1 && $host != localhost && $host != 127.* && $host != ::1 && $local_address =~ ^(127\.|::1$) ]]; then
         die "--rdzv-endpoint $endpoint is $local_address on this host ($(hostname)), see its /etc/hosts; the others cannot" \
             "reach that. Give the first host's address instead, as the others see it"
     fi

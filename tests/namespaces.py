@@ -100,9 +100,10 @@ def start_host(name: str, folder: Path) -> Host:
 
 @dataclass
 class Network:
-    """The two hosts and the bridge between them."""
+    """Two hosts and the bridge between them, and a host that has no link."""
 
     switch: Host
+    alone: Host
     hosts: list[Host]
 
     def cut(self, name: str) -> None:
@@ -122,10 +123,10 @@ def network(folder: Path) -> Iterator[Network]:
             raise UnavailableError(f"{program} is not installed: apt-get install {package}")
     with contextlib.ExitStack() as stack:
         hosts = []
-        for name in ("switch", *NAMES):
+        for name in ("switch", "alone", *NAMES):
             hosts.append(start_host(name, folder))
             stack.callback(hosts[-1].close)
-        switch, *hosts = hosts
+        switch, alone, *hosts = hosts
         switch.run("ip", "link", "add", "bridge", "type", "bridge")
         switch.run("ip", "link", "set", "bridge", "up")
         for host in hosts:
@@ -136,4 +137,4 @@ def network(folder: Path) -> Iterator[Network]:
             switch.run("ip", "link", "set", port, "master", "bridge", "up")
             host.run("ip", "address", "add", f"{ADDRESSES[host.name]}/24", "dev", "eth0")
             host.run("ip", "link", "set", "eth0", "up")
-        yield Network(switch, hosts)
+        yield Network(switch, alone, hosts)

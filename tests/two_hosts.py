@@ -66,8 +66,8 @@ class Launcher:
 
     name: str
 
-    def __init__(self, hosts: list[Host], folder: Path) -> None:
-        self.hosts, self.folder = hosts, folder
+    def __init__(self, net: Network, folder: Path) -> None:
+        self.hosts, self.alone, self.folder = net.hosts, net.alone, folder
         self.run, self.reference_run = folder / f"{self.name}-two-hosts", folder / f"{self.name}-one-host"
         self.count = 0
 
@@ -93,11 +93,12 @@ class Launcher:
         return self.launch(commands)
 
     def reference(self) -> Launched:
-        return self.launch({"one host": [*self.one_host(), "--no-preflight", *self.training(self.reference_run)]})
+        command = [*self.one_host(), "--no-preflight", *self.training(self.reference_run)]
+        return self.launch({self.alone.name: self.alone.command(*command)})
 
     def launch(self, commands: dict[str, list[str]]) -> Launched:
         self.count += 1
-        logs = {name: self.folder / f"{self.name}-{self.count}-{name.replace(' ', '-')}.log" for name in commands}
+        logs = {name: self.folder / f"{self.name}-{self.count}-{name}.log" for name in commands}
         environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", **self.environment()}
         started = {}
         for name, command in commands.items():
@@ -129,8 +130,8 @@ class DeepSpeed(Launcher):
     name = "deepspeed"
     script = (str(REPOSITORY / "launch" / "deepspeed.sh"), "--collective-timeout", str(COLLECTIVE_TIMEOUT))
 
-    def __init__(self, hosts: list[Host], folder: Path) -> None:
-        super().__init__(hosts, folder)
+    def __init__(self, net: Network, folder: Path) -> None:
+        super().__init__(net, folder)
         missing = [program for program in ("/usr/sbin/sshd", "ssh", "ssh-keygen", "pdsh") if not shutil.which(program)]
         if missing:
             install = "apt-get install openssh-server openssh-client pdsh"
@@ -157,7 +158,7 @@ class DeepSpeed(Launcher):
         wrapper = self.ssh / "bin" / "ssh"
         wrapper.write_text(f'#!/bin/sh\nexec {shutil.which("ssh")} -F {self.ssh}/config "$@"\n')
         wrapper.chmod(0o755)
-        for host in hosts:
+        for host in self.hosts:
             before = host.processes()
             host.run("/usr/sbin/sshd", "-f", self.ssh / "sshd_config", "-E", self.ssh / f"{host.name}.log")
             host.keep = host.processes().keys() - before.keys()
@@ -318,7 +319,7 @@ def check(name: str, folder: Path, say: Callable[[str], None]) -> None:
     """
     write_config(folder)
     with network(folder) as net:
-        sequence(LAUNCHERS[name](net.hosts, folder), net, say)
+        sequence(LAUNCHERS[name](net, folder), net, say)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

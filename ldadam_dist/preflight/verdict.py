@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,10 +30,10 @@ class Judge:
     facts: Sequence[Facts]
     limits: Limits
     problems: list[str] = field(default_factory=list)
+    leaders: list[int] = field(init=False)  # first rank of each host
 
-    @property
-    def leaders(self) -> list[int]:
-        return [facts.number for facts in self.facts if facts.leads_host]
+    def __post_init__(self) -> None:
+        self.leaders = [facts.number for facts in self.facts if facts.leads_host]
 
     def name(self, number: int) -> str:
         """Name of a rank's host; with the host's first rank where several have the same name."""
@@ -160,20 +161,19 @@ class Judge:
     ) -> list[str]:
         head = ["host", "ranks", "device", "address", "clock offset", "free in output", "best link"]
         rows = []
-        for number in self.leaders:
+        for number, following in zip(self.leaders, [*self.leaders[1:], len(self.facts)], strict=True):
             facts = self.facts[number]
-            ranks = [f.number for f in self.facts if self._leader(f.number) == number]
             offset = (
                 f"{1e3 * offsets[number][0]:+.1f} ± {1e3 * offsets[number][1]:.1f} ms" if number in offsets else "-"
             )
             free = "-" if facts.folder_error else format_bytes(facts.free_bytes)
             best = f"{max(links[number].values()):.3g} GB/s" if links.get(number) else "-"
-            span = f"{ranks[0]}-{ranks[-1]}" if len(ranks) > 1 else str(number)
+            span = f"{number}-{following - 1}" if following > number + 1 else str(number)
             rows.append([facts.host, span, facts.device, facts.address or "-", offset, free, best])
         return table([head, *rows], "<<<<>>>")
 
     def _leader(self, number: int) -> int:
-        return max(lead for lead in self.leaders if lead <= number)
+        return self.leaders[bisect_right(self.leaders, number) - 1]
 
 
 def collective_table(timings: Sequence[Timing], size: float) -> list[str]:
