@@ -18,7 +18,7 @@ from ldadam_dist.preflight import __main__ as preflight
 from ldadam_dist.preflight import facts, hosts, links, meeting, verdict
 
 # Other tests may run on this machine's cores: a rank that has to wait for one is not a slow host.
-FAST = ("--size", "0.5", "--min-free", "0.001", "--max-slowdown", "20")
+FAST = ("--size", "0.5", "--min-free", "0.001", "--max-slowdown", "10")
 CLOCK = 5.0
 """Seconds that a wrong clock is ahead."""
 
@@ -51,7 +51,7 @@ def rank(arguments: list[str]) -> int:
         meeting.time = SimpleNamespace(time=lambda: time.time() + CLOCK, monotonic=time.monotonic)
     if "slow" in mine:
         exchange = links.exchange
-        links.exchange = lambda *arguments: (time.sleep(0.2), exchange(*arguments))
+        links.exchange = lambda *arguments: (time.sleep(0.08), exchange(*arguments))
     if "wrong" in mine:
         links._all_gather = lambda out, mine, async_op: SimpleNamespace(wait=lambda: out.zero_())
     if "blocked" in mine:
