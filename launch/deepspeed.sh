@@ -23,12 +23,10 @@ Several:   launch/deepspeed.sh --hostfile hosts --config ... --deepspeed ... --o
   --ssh-port PORT           of the hosts (default: ssh's)
   --node-rank N             start only host N of the file, this one, without ssh; needs --hostfile and --master-addr, and the
                             same command with the other numbers on the other hosts
-  --collective-timeout SECONDS
-                            after which a rank gives up waiting for the others (default: torch's)
   --no-preflight            start without it, also PREFLIGHT=0
   --dry-run                 print the commands instead
 
-pdsh takes only variables along that are named: this script hands on NCCL_*, GLOO_*, TORCH_*, LDADAM_*, HF_HOME, HF_HUB_OFFLINE,
+pdsh takes only variables along that are named: this script hands on NCCL_*, GLOO_*, TORCH_*, HF_HOME, HF_HUB_OFFLINE,
 OMP_NUM_THREADS and what ~/.deepspeed_env and ./.deepspeed_env say, a line NAME=VALUE each. They show in the process list of the hosts:
 no secrets there. PYTHON is the interpreter. SIGTERM, SIGINT, SIGHUP and SIGUSR1 are handed on as SIGTERM.
 END
@@ -39,11 +37,11 @@ source "$repository/launch/common.sh"
 
 declare -A option=(
     [hostfile]='' [num-gpus]='' [num-nodes]='' [include]='' [exclude]='' [master-addr]='' [master-port]=29500
-    [launcher]=pdsh [ssh-port]='' [node-rank]='' [collective-timeout]=${LDADAM_TIMEOUT:-}
+    [launcher]=pdsh [ssh-port]='' [node-rank]=''
 )
 parse_options "$@"
 
-for name in num-gpus num-nodes ssh-port collective-timeout; do
+for name in num-gpus num-nodes ssh-port; do
     [[ -z ${option[$name]} ]] || expect_number "$name" 1
 done
 expect_number master-port 1
@@ -86,14 +84,12 @@ hand_on() {
         if [[ -r $file ]]; then grep -E '^[A-Za-z_][A-Za-z0-9_]*=' "$file" || true; fi
     done
     echo "OMP_NUM_THREADS=$(threads_of_process "$processes")"
-    for name in $(compgen -e | grep -E '^(NCCL_|GLOO_|TORCH_|LDADAM_|HF_HOME$|HF_HUB_OFFLINE$)' || true); do
+    for name in $(compgen -e | grep -E '^(NCCL_|GLOO_|TORCH_|HF_HOME$|HF_HUB_OFFLINE$)' || true); do
         echo "$name=${!name}"
     done
 }
 
-[[ -z ${option[collective-timeout]} ]] || export LDADAM_TIMEOUT=${option[collective-timeout]}
 environment=("PYTHONPATH=$repository${PYTHONPATH:+:$PYTHONPATH}" "OMP_NUM_THREADS=$(threads_of_process "$processes")")
-[[ -z ${option[collective-timeout]} ]] || environment+=("LDADAM_TIMEOUT=$LDADAM_TIMEOUT")
 if [[ -n ${option[hostfile]} && -z ${option[node-rank]} ]]; then
     # ssh that notices a host which is gone, where it would wait for it for hours; of options given twice it takes the first
     alive="-o ServerAliveInterval=10 -o ServerAliveCountMax=3"

@@ -20,9 +20,9 @@ Several, on each of them the same:
   --max-restarts N          so often a failed run is started again on the hosts that are there (default 0)
   --rdzv-id ID              name of the run, the same on all hosts (default pretrain)
   --join-timeout SECONDS    to wait for the other hosts (default 600)
-  --collective-timeout SECONDS
-                            after which a rank gives up waiting for the others (default: torch's, 30 min for gloo, 10
-                            for nccl)
+  --stuck-timeout SECONDS   torchrun that does not notice that its ranks have ended, since the link to the first host is
+                            gone, is ended after this (default 60). --timeout_minutes of the training is how long
+                            ranks wait
   --no-preflight            start without it, also PREFLIGHT=0; for a host that joins a run which is already going on
   --dry-run                 print the commands instead
 
@@ -36,7 +36,7 @@ source "$repository/launch/common.sh"
 
 declare -A option=(
     [nnodes]=1 [rdzv-endpoint]='' [node-rank]=${SLURM_NODEID:-} [nproc-per-node]='' [max-restarts]=0
-    [rdzv-id]=pretrain [join-timeout]=600 [collective-timeout]=${LDADAM_TIMEOUT:-}
+    [rdzv-id]=pretrain [join-timeout]=600 [stuck-timeout]=60
 )
 parse_options "$@"
 
@@ -45,7 +45,7 @@ parse_options "$@"
 expect_number nproc-per-node 1
 expect_number max-restarts 0
 expect_number join-timeout 1
-[[ -z ${option[collective-timeout]} ]] || expect_number collective-timeout 1
+expect_number stuck-timeout 2
 [[ -z ${option[node-rank]} ]] || expect_number node-rank 0
 python=$(find_python)
 
@@ -55,7 +55,6 @@ environment=(
     # How long the ranks have to save when they are asked to end; torchrun's default is 30 s.
     "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-100}"
 )
-[[ -z ${option[collective-timeout]} ]] || environment+=("LDADAM_TIMEOUT=${option[collective-timeout]}")
 
 if [[ -n ${option[rdzv-endpoint]} ]]; then
     endpoint=${option[rdzv-endpoint]} port=29500
@@ -86,7 +85,7 @@ else
 fi
 
 torchrun=(env "${environment[@]}" "$python" -m torch.distributed.run "--nproc-per-node=${option[nproc-per-node]}")
-if [[ -n ${option[rdzv-endpoint]} ]]; then stuck_after=${option[collective-timeout]:-60}; fi
+if [[ -n ${option[rdzv-endpoint]} ]]; then stuck_after=${option[stuck-timeout]}; fi
 check=("${torchrun[@]}" "${meet_to_check[@]}" -m ldadam_dist.preflight --output-dir "$(output_folder)")
 train=(
     "${torchrun[@]}" "${meet_to_train[@]}" "--max-restarts=${option[max-restarts]}"

@@ -79,9 +79,8 @@ class Launcher:
         raise NotImplementedError
 
     def training(self, run: Path) -> list[str]:
-        """Options of launch/pretrain.py; a run that has a checkpoint goes on from the newest."""
-        resume = ["--resume", "latest"] if checkpoints(run) else []
-        return ["--config", str(self.folder / "tiny.yaml"), "--output_dir", str(run), *resume]
+        """Options of launch/pretrain.py, the same at each start: a run goes on from its newest checkpoint by itself."""
+        return ["--config", str(self.folder / "tiny.yaml"), "--output_dir", str(run)]
 
     def start(self, preflight: bool = False) -> Launched:
         options = [] if preflight else ["--no-preflight"]
@@ -114,7 +113,7 @@ class Launcher:
 
 class Torchrun(Launcher):
     name = "torchrun"
-    script = (str(REPOSITORY / "launch" / "torchrun.sh"), "--collective-timeout", str(COLLECTIVE_TIMEOUT))
+    script = (str(REPOSITORY / "launch" / "torchrun.sh"), "--stuck-timeout", "10")
 
     def two_hosts(self) -> dict[str, list[str]]:
         meet = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-endpoint", f"{ADDRESSES['host-a']}:29500"]
@@ -128,7 +127,7 @@ class DeepSpeed(Launcher):
     """The launcher on the first host, which reaches both with pdsh over ssh, a daemon with keys of its own on each."""
 
     name = "deepspeed"
-    script = (str(REPOSITORY / "launch" / "deepspeed.sh"), "--collective-timeout", str(COLLECTIVE_TIMEOUT))
+    script = (str(REPOSITORY / "launch" / "deepspeed.sh"),)
 
     def __init__(self, net: Network, folder: Path) -> None:
         super().__init__(net, folder)
@@ -196,13 +195,14 @@ def write_config(folder: Path) -> None:
         "batch_size": 8,
         "save_every": SAVE_EVERY,
         "eval_every": 0,
+        "timeout_minutes": COLLECTIVE_TIMEOUT / 60,
     }
     (folder / "tiny.yaml").write_text(json.dumps(options))  # which is YAML
 
 
 def checkpoints(run: Path) -> list[Path]:
     """Whole ones, oldest first."""
-    return sorted((run / "checkpoints").glob("step_[0-9]*"))
+    return sorted((run / "checkpoints").glob("step_[0-9]*[0-9]"))
 
 
 def wait_for(what: str, condition: Callable[[], object], launched: Launched) -> None:
@@ -223,9 +223,9 @@ def sequence(launcher: Launcher, net: Network, say: Callable[[str], None]) -> No
     run, second = launcher.run, net.hosts[1]
 
     def new_checkpoint(launched: Launched) -> int:
-        before = len(checkpoints(run))
-        wait_for("a new checkpoint", lambda: len(checkpoints(run)) > before, launched)
-        return int(checkpoints(run)[-1].name.removeprefix("step_"))
+        before = newest(run)
+        wait_for("a new checkpoint", lambda: newest(run) > before, launched)
+        return newest(run)
 
     def failed(launched: Launched, words: Sequence[str]) -> None:
         """Both sides end, with an exit code and words that tell."""
@@ -267,7 +267,8 @@ def sequence(launcher: Launcher, net: Network, say: Callable[[str], None]) -> No
 
 
 def newest(run: Path) -> int:
-    return int(checkpoints(run)[-1].name.removeprefix("step_"))
+    """Step of the newest checkpoint, 0 if there is none."""
+    return max((int(folder.name.removeprefix("step_")) for folder in checkpoints(run)), default=0)
 
 
 def wait_for_none(hosts: Sequence[Host]) -> None:

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from launch import distributed
-from launch.config import REPOSITORY, ConfigError
+from launch.config import REPOSITORY
 from launch.runlog import read_log
 
 LAUNCH = REPOSITORY / "launch"
@@ -29,7 +29,9 @@ PRETRAIN = str(LAUNCH / "pretrain.py")
 def environment(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """Without variables that the scripts look at, and with this interpreter."""
     for name in list(os.environ):
-        if name.startswith(("SLURM_", "LDADAM_", "MASTER_", "OMP_", "NCCL_", "GLOO_", "TORCH_", "HF_", "PYTHONPATH")):
+        if name.startswith(
+            ("SLURM_", "LDADAM_DIST", "MASTER_", "OMP_", "NCCL_", "GLOO_", "TORCH_", "HF_", "PYTHONPATH")
+        ):
             monkeypatch.delenv(name)
     monkeypatch.setenv("PYTHON", sys.executable)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
@@ -96,12 +98,12 @@ def test_torchrun_on_one_host(environment: dict[str, str]) -> None:
 
 
 def test_torchrun_on_several_hosts(environment: dict[str, str]) -> None:
-    options = ["--nnodes", "1:2", "--rdzv-endpoint", "127.0.0.1:1234", "--rdzv_id", "a", "--collective-timeout", "30"]
+    options = ["--nnodes", "1:2", "--rdzv-endpoint", "127.0.0.1:1234", "--rdzv_id", "a"]
     check, train = commands("torchrun.sh", *options, "--", "--nnodes", environment=environment)
     for command, port, name in ((check, 1235, "a-preflight"), (train, 1234, "a")):
         assert f"--rdzv-endpoint=127.0.0.1:{port}" in command
         assert f"--rdzv-id={name}" in command
-        assert {"--nnodes=1:2", "--rdzv-backend=c10d", "--local-addr=127.0.0.1", "LDADAM_TIMEOUT=30"} <= set(command)
+        assert {"--nnodes=1:2", "--rdzv-backend=c10d", "--local-addr=127.0.0.1"} <= set(command)
         assert "--rdzv-conf=is_host=1,join_timeout=600" in command
     assert train[-1] == "--nnodes"  # what follows -- is the training's
     (train,) = commands("torchrun.sh", *options, "--node-rank=1", environment=environment, PREFLIGHT="0")
@@ -126,13 +128,13 @@ def test_deepspeed_on_one_host(environment: dict[str, str]) -> None:
 
 def test_deepspeed_on_several_hosts(environment: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "hosts").write_text("a slots=2  # first\nb slots=2\n")
-    options = ["--hostfile", tmp_path / "hosts", "--include", "a:0@b:1", "--collective-timeout", "30"]
+    options = ["--hostfile", tmp_path / "hosts", "--include", "a:0@b:1"]
     given = {"NCCL_DEBUG": "INFO", "SECRET": "x", "HOME": str(tmp_path)}
     (tmp_path / ".deepspeed_env").write_text("\nUCX_TLS=tcp\n")
     printed = run("deepspeed.sh", "--dry-run", *options, environment=environment, **given).stdout.splitlines()
     threads = max(1, len(os.sched_getaffinity(0)) // 2)
     handed_on = [line.removeprefix("#").strip() for line in printed if line.startswith("#   ")]
-    assert handed_on == ["UCX_TLS=tcp", f"OMP_NUM_THREADS={threads}", "LDADAM_TIMEOUT=30", "NCCL_DEBUG=INFO"]
+    assert handed_on == ["UCX_TLS=tcp", f"OMP_NUM_THREADS={threads}", "NCCL_DEBUG=INFO"]
     for command in commands("deepspeed.sh", *options, environment=environment, **given):
         assert {f"--hostfile={tmp_path}/hosts", "--include=a:0@b:1", "--launcher=pdsh", "DS_ENV_FILE=FILE"} <= set(
             command
@@ -335,19 +337,15 @@ def test_scripts_really_train(script: str, environment: dict[str, str], tiny_con
     assert read_log(tmp_path / "run")[-1]["step"] == 10
 
 
-def test_all_groups_keep_the_collective_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_groups_keep_the_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("default_pg_timeout", "default_pg_nccl_timeout"):  # put back in the end
         monkeypatch.setattr(dist.distributed_c10d, name, getattr(dist.distributed_c10d, name))
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv(distributed.TIMEOUT, "soon")
-    with pytest.raises(ConfigError, match="expected whole seconds"):
-        distributed.start(needs_group=True)
-    monkeypatch.setenv(distributed.TIMEOUT, "17")
-    distributed.start(needs_group=True)
+    distributed.start(needs_group=True, timeout_minutes=0.5)
     try:
         for group in (dist.group.WORLD, dist.new_group([0], backend="gloo")):
             options = group._get_backend(torch.device("cpu")).options
-            assert options._timeout == timedelta(seconds=17)
+            assert options._timeout == timedelta(seconds=30)
     finally:
         distributed.stop()
