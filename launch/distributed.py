@@ -28,7 +28,6 @@ class World:
 
     Attributes:
         group: what they communicate over; None is the default group.
-        timeout: how long a collective waits for the other processes; None is torch's default.
     """
 
     dp_rank: int
@@ -36,7 +35,6 @@ class World:
     local_rank: int
     device: torch.device
     group: Any = None
-    timeout: timedelta | None = None
 
     @property
     def is_main(self) -> bool:
@@ -48,9 +46,7 @@ class World:
 
     def apart(self) -> World:
         """The same processes over a group of their own on the CPU, for another thread; collective."""
-        if not self.is_distributed:
-            return self
-        return replace(self, group=dist.new_group(backend="gloo", timeout=self.timeout))
+        return replace(self, group=dist.new_group(backend="gloo")) if self.is_distributed else self
 
     def barrier(self) -> None:
         if self.is_distributed:
@@ -132,22 +128,23 @@ def start(needs_group: bool = False, timeout_minutes: float = 30.0) -> World:
         device = torch.device("cpu")
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         torch.set_num_threads(max(1, cores // local_size))
-    limit_waiting(timedelta(minutes=timeout_minutes))
+    timeout = timedelta(minutes=timeout_minutes)
+    limit_waiting(timeout)
     choose_interface()
-    options: dict[str, Any] = {"timeout": timedelta(minutes=timeout_minutes)}
+    options: dict[str, Any] = {}
     if not os.environ.keys() >= {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}:  # not started by a launcher
         if not needs_group:
             return World(dp_rank=0, size=1, local_rank=0, device=device)
         options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     else:
-        store, rank, size = next(dist.rendezvous("env://", timeout=options["timeout"]))
+        store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
         options |= {"store": meet(store, rank, size, timeout_minutes), "rank": rank, "world_size": size}
     # gloo next to nccl: object broadcasts and checkpoints move CPU tensors.
     if device.type == "cuda":
-        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device, **options)
+        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device, timeout=timeout, **options)
     else:
-        dist.init_process_group("gloo", **options)
-    return World(dist.get_rank(), dist.get_world_size(), local_rank, device, timeout=options["timeout"])
+        dist.init_process_group("gloo", timeout=timeout, **options)
+    return World(dp_rank=dist.get_rank(), size=dist.get_world_size(), local_rank=local_rank, device=device)
 
 
 def limit_waiting(timeout: timedelta) -> None:
