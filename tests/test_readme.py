@@ -30,5 +30,5 @@ def test_files_that_are_named_exist() -> None:
         text = page.read_text()
         for link in re.findall(r"\]\(([^)#:]+)\)", text):
             assert (page.parent / link).exists(), f"{page.name} links to {link}"
-        for path in re.findall(r"(?:configs|launch|benchmarks|ldadam_dist)/[\w./]+\.(?:py|yaml|json)", text):
+        for path in re.findall(r"(?<![\w/])(?:configs|launch|benchmarks|ldadam_dist)/[\w./]+\.(?:py|yaml|json)", text):
             assert (ROOT / path).exists(), f"{page.name} names {path}"
