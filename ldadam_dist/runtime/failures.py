@@ -8,6 +8,7 @@ only tells the neighbours of a rank that died. A step in which no collective tak
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -16,6 +17,7 @@ from datetime import timedelta
 from functools import partial
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 PERIOD = 1.0
@@ -97,16 +99,23 @@ def complete(calls: Sequence[partial[Any]], group: Any) -> None:
 
 
 def _wait(work: Any, group: Any) -> None:
+    deadline = time.monotonic() + _timeout(group) + PERIOD  # gloo's own error comes first, if it can
     while True:
         try:
             work.wait(timedelta(seconds=PERIOD))
             return
         except RuntimeError:
-            if work.is_completed():
+            if work.is_completed() or time.monotonic() > deadline:
                 raise
         gone = _board.reports().keys() & set(dist.get_process_group_ranks(group))
         if gone:
             raise RuntimeError(f"still waiting when {_ranks(sorted(gone))} had given up.")
+
+
+def _timeout(group: Any) -> float:
+    """Seconds after which a collective of a gloo group fails."""
+    limit: timedelta = group._get_backend(torch.device("cpu")).options._timeout
+    return limit.total_seconds()
 
 
 @contextmanager
@@ -197,32 +206,46 @@ class _Board:
     def publish(self, report: Report) -> None:
         """Tell the others."""
         self._is_new = True
-        try:
-            store = self._store()
-            number = store.add(_COUNT, 1)
-            store.set(f"{_COUNT}/{number}", json.dumps(asdict(report)))
-        except Exception:  # whatever a store raises whose server has died
-            self._unreachable = True
+
+        def tell() -> None:
+            number = self._store().add(_COUNT, 1)
+            self._store().set(f"{_COUNT}/{number}", json.dumps(asdict(report)))
+
+        self._ask(tell)
 
     def reports(self) -> dict[int, Report]:
         """The last report of every rank that has made one."""
-        found = {}
-        for number in range(self._read + 1, self._count() + 1):
-            key = f"{_COUNT}/{number}"
-            with suppress(Exception):  # its rank died before it could be written
-                self._store().wait([key], timedelta(seconds=PERIOD))
-                report = Report(**json.loads(self._store().get(key)))
-                found[report.rank] = report
-        return found
+        found = [self._ask(partial(self._report, number)) for number in range(self._read + 1, self._count() + 1)]
+        return {report.rank: report for report in found if report is not None}
+
+    def _report(self, number: int) -> Report | None:
+        with suppress(dist.DistError):  # its rank died before it could be written
+            self._store().wait([f"{_COUNT}/{number}"], timedelta(seconds=PERIOD))
+            return Report(**json.loads(self._store().get(f"{_COUNT}/{number}")))
+        return None
 
     def _count(self) -> int:
-        """Number of reports so far; a store that cannot be reached is not asked again, as that may take long."""
-        if not self._unreachable:
-            try:
-                return int(self._store().add(_COUNT, 0))
-            except Exception:
-                self._unreachable = True
-        return self._read
+        """Number of reports so far."""
+        return int(self._ask(lambda: self._store().add(_COUNT, 0)) or self._read)
+
+    def _ask(self, question: Callable[[], Any]) -> Any:
+        """What the store answers; None if it cannot be reached, and then it is not asked again.
+
+        In a thread: behind a link that is cut it has no time limit but that of TCP, which is a quarter of an hour.
+        """
+        if self._unreachable:
+            return None
+        answers: list[Any] = []
+
+        def ask() -> None:
+            with suppress(Exception):  # whatever a store raises whose server has died
+                answers.append(question())
+
+        thread = threading.Thread(target=ask, daemon=True)
+        thread.start()
+        thread.join(REPORTS_WITHIN)
+        self._unreachable = not answers
+        return answers[0] if answers else None
 
     @staticmethod
     def _store() -> Any:
