@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,7 +62,7 @@ class Launched:
         return "\n".join(f"---- {name}\n{log.read_text(errors='replace')}" for name, log in self.logs.items())
 
 
-class Launcher:
+class Launcher(ABC):
     """How runs are started: on two hosts, and on one with as many processes."""
 
     name: str
@@ -71,12 +72,13 @@ class Launcher:
         self.run, self.reference_run = folder / f"{self.name}-two-hosts", folder / f"{self.name}-one-host"
         self.count = 0
 
+    @abstractmethod
     def two_hosts(self) -> dict[str, list[str]]:
         """The command of each host."""
-        raise NotImplementedError
 
+    @abstractmethod
     def one_host(self) -> list[str]:
-        raise NotImplementedError
+        """The command of the run that nothing happens to."""
 
     def training(self, run: Path) -> list[str]:
         """Options of launch/pretrain.py, the same at each start: a run goes on from its newest checkpoint by itself."""
