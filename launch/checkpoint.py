@@ -15,8 +15,10 @@ final name was complete, and its checksums tell whether it still is. The run did
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import shutil
+import uuid
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -24,7 +26,7 @@ from typing import Any
 
 import torch
 
-from launch.checksums import write_sums
+from launch.checksums import synchronise, write_sums
 from launch.distributed import FailedRankError, World
 from launch.engine import Engine
 
@@ -50,6 +52,7 @@ class Checkpointer:
     ) -> None:
         self.folder, self.engine, self.keep_last, self.background = folder, engine, keep_last, background
         self._world = world.apart()  # the thread communicates while training does
+        self._launch = world.broadcast(uuid.uuid4().hex[:8])  # others may still write in the folder, behind a cut link
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
 
@@ -67,7 +70,7 @@ class Checkpointer:
         """
         self.wait()
         final = self.path(step)
-        temporary = self.folder / f".{final.name}.tmp"
+        temporary = self._temporary(final)
         try:
             self._world.attempt_on_main(self._begin, temporary, trainer, tokenizer)
             self._world.attempt(torch.save, rng_state(), temporary / f"rng_{self._world.dp_rank}.pt")
@@ -98,22 +101,28 @@ class Checkpointer:
         self._thread.shutdown()
 
     def load(self, checkpoint: Path, source: Path) -> None:
-        """Restore model, optimizer and random state; this run's checkpoints of later steps are set aside.
+        """Restore model, optimizer and random state.
 
         Args:
-            checkpoint: an absolute path.
+            checkpoint: its folder.
             source: model and optimizer as the engine can load them; the same folder, or a conversion.
         """
         self.engine.load(source)
         saved = len(list(checkpoint.glob("rng_*.pt")))
         set_rng_state(torch.load(checkpoint / f"rng_{self._world.dp_rank % saved}.pt", weights_only=True))
-        if checkpoint.parent == self.folder.resolve():  # of this run
-            self._world.attempt_on_main(set_aside_after, checkpoint)
+
+    def start_from(self, checkpoint: Path | None) -> None:
+        """Set aside the run's checkpoints that it does not go on from; this one may be another run's. Collective."""
+        last = step_of(checkpoint) if checkpoint and checkpoint.parent == self.folder.resolve() else -1
+        self._world.attempt_on_main(set_aside_after, self.folder, last)
+
+    def _temporary(self, final: Path) -> Path:
+        return self.folder / f".{final.name}.{self._launch}.tmp"
 
     def _begin(self, temporary: Path, trainer: dict[str, Any], tokenizer: str) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         for left in self.folder.glob(".step_*"):  # by a run that was killed
-            shutil.rmtree(left)
+            shutil.rmtree(left, ignore_errors=True)
         temporary.mkdir()
         (temporary / TRAINER_FILE).write_text(json.dumps(trainer, indent=1), encoding="utf-8")
         (temporary / TOKENIZER_FILE).write_text(tokenizer, encoding="utf-8")
@@ -128,18 +137,22 @@ class Checkpointer:
 
     def _publish(self, temporary: Path, final: Path) -> None:
         temporary.rename(final)
-        for path in checkpoints(self.folder)[: -self.keep_last] if self.keep_last else []:
-            discard(path)
+        synchronise(self.folder)
+        try:
+            for path in checkpoints(self.folder)[: -self.keep_last] if self.keep_last else []:
+                discard(path)
+        except OSError as error:
+            print(f"warning: an old checkpoint could not be deleted: {error}", flush=True)
 
     def _failed(self, final: Path, error: Exception) -> CheckpointError:
-        if self._world.is_main:  # what is there of it takes the place that others need
-            shutil.rmtree(self.folder / f".{final.name}.tmp", ignore_errors=True)
         free = "unknown"
         with contextlib.suppress(OSError):
             free = f"{shutil.disk_usage(self.folder).free / 2**20:,.0f} MiB"
+        if self._world.is_main:  # what is there of it takes the place that others need
+            shutil.rmtree(self._temporary(final), ignore_errors=True)
         what = str(error) if isinstance(error, FailedRankError) else f"{type(error).__name__}: {error}"
         kept = [path for path in checkpoints(self.folder) if path != final]
-        newest = f"the newest complete checkpoint is {kept[-1]}" if kept else "there is no checkpoint before it"
+        newest = f"the checkpoint before it is {kept[-1]}" if kept else "there is no checkpoint before it"
         return CheckpointError(
             f"{final} could not be written: {what}. Free disk space: {free}; {newest}. Mend the cause and start the "
             "same command again to go on from there"
@@ -148,18 +161,21 @@ class Checkpointer:
 
 def checkpoints(folder: Path) -> list[Path]:
     """Those that were complete once, the oldest first."""
-    found = [path for path in folder.glob("step_*") if path.name.removeprefix("step_").isdecimal() and path.is_dir()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+    return sorted((path for path in folder.glob("step_*") if step_of(path) >= 0 and path.is_dir()), key=step_of)
 
 
-def set_aside_after(checkpoint: Path) -> None:
-    """Rename checkpoints of later steps, damaged or no longer wanted: the run went on from an earlier one."""
-    found = checkpoints(checkpoint.parent)
-    for path in found[found.index(checkpoint) + 1 :]:
-        aside = path.with_name(f"{path.name}.left")
-        if aside.exists():
-            shutil.rmtree(aside)
-        path.rename(aside)
+def step_of(checkpoint: Path) -> int:
+    """The step in its name; -1 for a name that is no checkpoint's."""
+    number = checkpoint.name.removeprefix("step_")
+    return int(number) if number != checkpoint.name and number.isdecimal() else -1
+
+
+def set_aside_after(folder: Path, step: int) -> None:
+    """Rename checkpoints of later steps, damaged or no longer wanted, so that nothing takes them for the run's."""
+    for path in checkpoints(folder):
+        if step_of(path) > step:
+            names = (path.with_name(f"{path.name}.left{number or ''}") for number in itertools.count())
+            path.rename(next(name for name in names if not name.exists()))
 
 
 def discard(path: Path) -> None:

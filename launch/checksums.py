@@ -6,6 +6,7 @@ The work is shared: each rank reads some of the files. Every function is collect
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 
 from launch.distributed import World
@@ -15,7 +16,7 @@ CHUNK = 1 << 20
 
 
 def write_sums(folder: Path, world: World) -> None:
-    """Write the digest of every file in the folder into its SHA256SUMS.
+    """Write the digest of every file in the folder into its SHA256SUMS, when all are on the disk.
 
     Raises:
         FailedRankError: a file cannot be read or written.
@@ -23,10 +24,30 @@ def write_sums(folder: Path, world: World) -> None:
     # A shared file system shows each host its own files at once, and those of others perhaps later.
     seen = world.gather(files(folder) if world.local_rank == 0 else [])
     names = sorted(set().union(*seen))
-    parts = world.attempt(lambda: {name: digest(folder / name) for name in share(names, world)})
+    parts = world.attempt(lambda: {name: written_digest(folder / name) for name in share(names, world)})
     digests = {name: found for part in parts for name, found in part.items()}
     lines = "".join(f"{digests[name]}  {name}\n" for name in names)
-    world.attempt_on_main((folder / SUMS).write_text, lines)
+    world.attempt_on_main(write_list, folder, lines)
+
+
+def write_list(folder: Path, lines: str) -> None:
+    (folder / SUMS).write_text(lines, encoding="utf-8")
+    for path in (folder / SUMS, *(path for path in folder.rglob("*") if path.is_dir()), folder):
+        synchronise(path)
+
+
+def written_digest(path: Path) -> str:
+    synchronise(path)
+    return digest(path)
+
+
+def synchronise(path: Path) -> None:
+    """Have a file, or the names in a folder, written to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def find_damage(folder: Path, world: World) -> str | None:

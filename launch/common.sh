@@ -48,8 +48,17 @@ expect_number() {
 
 # The folder that launch/pretrain.py will write to, for the preflight; runs/ is its default.
 output_folder() {
-    local index folder=runs
+    local index folder=runs config
     for index in "${!training[@]}"; do
+        config=
+        case ${training[index]} in
+            --config) config=${training[index + 1]:-} ;;
+            --config=*) config=${training[index]#*=} ;;
+        esac
+        if [[ -r $config ]]; then
+            folder=$(sed -n "s/^output_dir: *[\"']\{0,1\}\([^\"'#]*[^\"'# ]\).*/\1/p" "$config" | tail -n 1)
+            if [[ -z $folder || $folder == null ]]; then folder=runs; fi
+        fi
         case ${training[index]} in
             --output_dir) folder=${training[index + 1]:-runs} ;;
             --output_dir=*) folder=${training[index]#*=} ;;
@@ -98,22 +107,25 @@ show() {
 # does: launch/pretrain.py finishes its step and saves. Returns its exit code; `stopped` says whether there was a signal.
 # With `stuck_after`, in seconds, torchrun is ended when it does not notice that all its ranks have.
 run_and_forward() {
-    local child status watcher=
+    local child='' status watcher='' waited=0
     stopped=0
+    trap 'stopped=1; [[ -z $child ]] || kill -TERM -- "-$child" 2>/dev/null || true' TERM INT HUP USR1
     set -m
     "$@" &
     child=$!
     set +m
+    if ((stopped)); then kill -TERM -- "-$child" 2>/dev/null || true; fi
     if [[ -n ${stuck_after:-} ]]; then
         end_if_stuck "$child" &
         watcher=$!
     fi
-    trap 'stopped=1; kill -TERM -- "-$child" 2>/dev/null || true' TERM INT HUP USR1
     while kill -0 "$child" 2>/dev/null; do
         wait "$child" || true # a signal ends this, and the loop waits on
     done
     status=0
     wait "$child" || status=$?
+    # The deepspeed launcher ends at once, while its ranks still save.
+    while ((stopped)) && kill -0 -- "-$child" 2>/dev/null && ((waited++ < 600)); do sleep 0.2; done
     trap - TERM INT HUP USR1
     if [[ -n $watcher ]]; then kill "$watcher" 2>/dev/null || true; fi
     return "$status"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 from collections.abc import Iterator, Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ def converted(checkpoint: Path, folder: Path, from_zero: bool, to_zero: bool, wo
         FailedRankError: it cannot be converted.
     """
     copy = folder / f".{checkpoint.name}.converted"
+    world = world.apart(timeout=timedelta(days=1))  # it takes as long as the checkpoint is large
 
     def convert_all() -> Path:
         from ldadam_dist.convert import convert

@@ -28,6 +28,7 @@ class World:
 
     Attributes:
         group: what they communicate over; None is the default group.
+        launcher_store: outlives the processes if torchrun starts them again; None without a launcher.
     """
 
     dp_rank: int
@@ -35,6 +36,7 @@ class World:
     local_rank: int
     device: torch.device
     group: Any = None
+    launcher_store: Any = None
 
     @property
     def is_main(self) -> bool:
@@ -44,9 +46,23 @@ class World:
     def is_distributed(self) -> bool:
         return dist.is_initialized()
 
-    def apart(self) -> World:
-        """The same processes over a group of their own on the CPU, for another thread; collective."""
-        return replace(self, group=dist.new_group(backend="gloo")) if self.is_distributed else self
+    def apart(self, timeout: timedelta | None = None) -> World:
+        """The same processes over a group of their own on the CPU, for another thread or for long waits; collective."""
+        return replace(self, group=dist.new_group(backend="gloo", timeout=timeout)) if self.is_distributed else self
+
+    def remember(self, run: str) -> None:
+        """Tell those whom torchrun starts in the place of these processes what the run is."""
+        if self.is_main and self.launcher_store is not None:
+            self.launcher_store.set("run", run)
+
+    def recall(self) -> str | None:
+        """What those before these processes remembered; None for the first. Collective."""
+
+        def look() -> str | None:
+            store = self.launcher_store
+            return store.get("run").decode() if store is not None and store.check(["run"]) else None
+
+        return self.attempt_on_main(look)
 
     def barrier(self) -> None:
         if self.is_distributed:
@@ -132,6 +148,7 @@ def start(needs_group: bool = False, timeout_minutes: float = 30.0) -> World:
     limit_waiting(timeout)
     choose_interface()
     options: dict[str, Any] = {}
+    store = None
     if not os.environ.keys() >= {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}:  # not started by a launcher
         if not needs_group:
             return World(dp_rank=0, size=1, local_rank=0, device=device)
@@ -144,7 +161,7 @@ def start(needs_group: bool = False, timeout_minutes: float = 30.0) -> World:
         dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device, timeout=timeout, **options)
     else:
         dist.init_process_group("gloo", timeout=timeout, **options)
-    return World(dp_rank=dist.get_rank(), size=dist.get_world_size(), local_rank=local_rank, device=device)
+    return World(dist.get_rank(), dist.get_world_size(), local_rank, device, launcher_store=store)
 
 
 def limit_waiting(timeout: timedelta) -> None:

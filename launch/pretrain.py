@@ -8,6 +8,7 @@ deepspeed --num_gpus 2 launch/pretrain.py --config configs/pretrain/default.yaml
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,6 +39,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if world is None or world.is_main or alone:
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 2 if isinstance(error, ConfigError) else 1
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"error: {error}. Free some space and start the same command again", file=sys.stderr, flush=True)
+        return 1
     finally:
         distributed.stop()
     return 0

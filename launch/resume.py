@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from launch.checkpoint import TRAINER_FILE, checkpoints
+from launch.checkpoint import TRAINER_FILE, checkpoints, step_of
 from launch.checksums import find_damage
 from launch.config import Config, expect
 from launch.distributed import World
@@ -18,7 +18,6 @@ from launch.runlog import LOG_FILE
 
 CHECKPOINTS = "checkpoints"
 CONFIG_FILE = "config.yaml"
-LAUNCH_FILE = "launch_id"
 # What a resumed run may change without becoming another run.
 FREE_ON_RESUME = {
     *("steps", "micro_batch_size", "parallel", "deepspeed", "activation_checkpointing", "cache_dir"),
@@ -27,43 +26,56 @@ FREE_ON_RESUME = {
 }
 
 
-def find_run(config: Config, world: World) -> tuple[Path, Path | None]:
-    """The run's folder, and the checkpoint to go on from, None to start from the beginning; collective.
+@dataclass(frozen=True)
+class Start:
+    """Where a run is written, and how it begins.
+
+    Attributes:
+        folder: the run's.
+        checkpoint: to go on from; None to start from the beginning.
+        goes_on: it is the same run as before, complete or not, and not one that is asked to go on.
+    """
+
+    folder: Path
+    checkpoint: Path | None
+    goes_on: bool
+
+
+def find_run(config: Config, world: World) -> Start:
+    """What to start; collective.
 
     Raises:
         ConfigError: the folder holds another run, or the checkpoint cannot be used.
     """
     resume, output_dir = config.run.resume, config.run.output_dir
     named = None if resume in ("auto", "latest", "never") else named_checkpoint(resume, world)
-    if output_dir:
-        folder = Path(output_dir).expanduser()
+    begun = world.recall()  # torchrun starts these processes in the place of others, which have begun there
+    if begun or output_dir:
+        folder = Path(begun or str(output_dir)).expanduser()
+    elif named and named.parent.name == CHECKPOINTS:
+        folder = named.parents[1]
     else:
-        folder = named.parents[1] if named else Path(world.attempt_on_main(default_folder, config))
-    goes_on = resume in ("auto", "latest") or was_restarted()
-    if goes_on:
+        folder = Path(world.broadcast(default_folder(config)))
+    if begun or resume in ("auto", "latest"):
         checkpoint = newest_complete(folder / CHECKPOINTS, world)
         if checkpoint is not None:
-            return folder, checkpoint
+            return Start(folder, checkpoint, goes_on=bool(begun) or resume == "auto")
     expect(resume != "latest", f"resume=latest: no complete checkpoint in {folder / CHECKPOINTS}; give --resume auto")
     if named and folder.resolve() == named.parents[1]:
-        return folder, named
+        return Start(folder, named, goes_on=False)
     has_run, other = world.attempt_on_main(lambda: ((folder / LOG_FILE).exists(), other_options(folder, config)))
-    if has_run and goes_on:  # it ended before its first checkpoint
+    if has_run and (begun or resume == "auto"):  # it ended before its first checkpoint
         expect(not other, f"output_dir={str(folder)!r} holds a run with other options: {other}. Choose another folder")
     else:
         expect(not has_run, f"output_dir={str(folder)!r} holds a run: choose another, or go on with --resume auto")
-    return folder, named
-
-
-def was_restarted() -> bool:
-    """Whether torchrun starts this command again, after a failure or for another number of hosts."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    return Start(folder, named, goes_on=False)
 
 
 def named_checkpoint(resume: str, world: World) -> Path:
     checkpoint = Path(resume).expanduser().resolve()
     is_one = world.attempt_on_main((checkpoint / TRAINER_FILE).is_file)
     expect(is_one, f"resume={resume!r}: expected auto, latest, never, or a folder step_NNN with {TRAINER_FILE}")
+    expect(step_of(checkpoint) >= 0, f"resume={resume!r}: expected a folder with a name step_N: rename it to that")
     damage = find_damage(checkpoint, world)
     expect(damage is None, f"resume={resume!r} is damaged: {damage}. Take another one, or --resume auto")
     return checkpoint
@@ -81,18 +93,8 @@ def newest_complete(folder: Path, world: World) -> Path | None:
 
 
 def default_folder(config: Config) -> str:
-    """A new folder under runs/; the one that it already has for a run that torchrun starts again."""
     name = f"{config.optimizer.optimizer}-{config.model.model_path.stem}"
-    launch = os.environ.get("TORCHELASTIC_RUN_ID")
-    if launch and was_restarted():
-        for path in sorted(Path("runs").glob(f"{name}-*/{LAUNCH_FILE}"), reverse=True):
-            if path.read_text(encoding="utf-8") == launch:
-                return str(path.parent)
-    folder = Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    if launch:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / LAUNCH_FILE).write_text(launch, encoding="utf-8")
-    return str(folder)
+    return str(Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
 
 
 def other_options(folder: Path, config: Config) -> str:

@@ -19,8 +19,13 @@ Record = dict[str, Any]
 def read_log(path: Path) -> list[Record]:
     """Records of a run, oldest first; ``path`` is its log or its folder."""
     file = path / LOG_FILE if path.is_dir() else path
-    whole, _, _ = file.read_text(encoding="utf-8").rpartition("\n")  # a run that was killed may leave half a line
-    return [json.loads(line) for line in whole.splitlines()]
+    records = []
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:  # a run that was killed leaves half a line, a power failure may leave worse
+            break
+    return records
 
 
 def replace_text(path: Path, text: str) -> None:

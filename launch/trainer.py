@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import math
 import signal
 import statistics
@@ -45,7 +46,8 @@ class Trainer:
         self.config, self.world = config, world
         self.micro_batch_size = micro_batch_size(config, world)
         self.zero = zero_settings(config, world, self.micro_batch_size) if config.model.deepspeed else None
-        self.folder, checkpoint = find_run(config, world)
+        start = find_run(config, world)
+        self.folder, checkpoint = start.folder, start.checkpoint
         saved = read_trainer_state(checkpoint, config) if checkpoint else None
         crosses = saved is not None and needs_conversion(saved, {"deepspeed": self.zero, "ranks": world.size})
 
@@ -54,6 +56,7 @@ class Trainer:
         self.tokenizer = encoder
         self.data: Sequences = training_sequences(config.data, source, encoder, config.run.seed, world)
         self.validation_data: np.ndarray = validation_sequences(config.data, source, encoder, world)
+        self.held_out = hashlib.sha256(np.ascontiguousarray(self.validation_data)).hexdigest()
         model = build_model(config, encoder)
         self.engine: Engine = (
             ZeroEngine(model, config, self.zero, world, crosses) if self.zero else TorchEngine(model, config, world)
@@ -65,12 +68,17 @@ class Trainer:
         self.progress, self.saved_at = Progress(), time.monotonic()
         if checkpoint and saved:
             expect(
-                run.resume == "auto" or saved["step"] < run.steps,
+                start.goes_on or saved["step"] < run.steps,
                 f"resume: {checkpoint} is at step {saved['step']} of steps={run.steps}: nothing is left, raise steps",
             )
             expect(
                 saved["tokenizer"] == encoder.fingerprint,
                 f"resume: {checkpoint} was trained with another tokenizer: restore the data it was trained on",
+            )
+            expect(
+                saved["held_out"] == self.held_out,
+                f"resume: {checkpoint} was trained on other data: the held-out documents are not what they were. "
+                "Restore them, or start a run of its own",
             )
             from_zero, to_zero = saved["deepspeed"] is not None, self.zero is not None
             copy = converted(checkpoint, self.checkpointer.folder, from_zero, to_zero, world)
@@ -79,6 +87,8 @@ class Trainer:
             self.scheduler.load_state_dict(saved["scheduler"])
             self.data.load_state_dict(saved["data"])
             self.progress = Progress(saved["step"], saved["tokens"], saved["elapsed_seconds"])
+        self.checkpointer.start_from(checkpoint)
+        world.remember(str(self.folder.resolve()))
         self.log: RunLog | None = None
         if world.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -208,6 +218,7 @@ class Trainer:
             "scheduler": self.scheduler.state_dict(),
             "data": self.data.state_dict(),
             "tokenizer": self.tokenizer.fingerprint,
+            "held_out": self.held_out,
             "config": self.config.flat(),
             "deepspeed": self.zero,
             "ranks": self.world.size,
@@ -229,10 +240,13 @@ class Trainer:
         records = read_log(self.folder)
         picture = self.folder / PLOT_FILE
         plot({self.config.optimizer.optimizer: records}, picture)
+        if not records:  # somebody has removed the log
+            return
         last = records[-1]
+        loss = next((record["val_loss"] for record in reversed(records) if record["val_loss"] is not None), math.nan)
         speed = statistics.median(record["tokens_per_second"] for record in records)
         print(
-            f"\nfinal validation loss {last['val_loss']:.4f}, perplexity {math.exp(last['val_loss']):.2f}, after "
+            f"\nfinal validation loss {loss:.4f}, perplexity {math.exp(loss):.2f}, after "
             f"{last['tokens']:,} tokens in {last['elapsed_seconds']:.0f} s ({speed:,.0f} tokens/s)\n"
             f"  curves      {picture}\n"
             f"  log         {self.folder / LOG_FILE}\n"

@@ -22,7 +22,7 @@ from ldadam_dist.partitions import FlatPartition, Partitions
 from ldadam_dist.placement import Placement, placement
 from ldadam_dist.plan import WINDOW_ELEMENTS, Unit
 from ldadam_dist.rules import DEFAULT_RANK, global_shape, low_rank_matrices
-from ldadam_dist.runtime import during
+from ldadam_dist.runtime import during, start_anew
 from ldadam_dist.state import check_places, init_state, stored_shapes
 
 
@@ -119,6 +119,7 @@ class LDAdamW(Optimizer):
         )
         super().__init__(params, defaults)
         arguments.check_projects([(e.name, e.param, e.group) for e in self._entries()])
+        start_anew()
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy or a pickle holds.

@@ -181,6 +181,11 @@ class RankFolder(ZeroFolder):
                 f"{self.folder} has files of the optimizer of the ranks {ranks}: expected all from 0 on, of a run "
                 f"without tensor parallelism."
             )
+        saved_by = self.model.get("dp_world_size", len(ranks))
+        if len(ranks) != saved_by:
+            raise ValueError(
+                f"{self.folder} has files of the optimizer of {len(ranks)} ranks: expected all {saved_by}."
+            )
         by_rank = sorted(files.items(), key=lambda both: int(both[0][1]))
         self._ranks: list[dict[str, Any]] = [read(path)["optimizer_state_dict"] for _, path in by_rank]
         groups: list[dict[str, Any]] = self._ranks[0][self._optimizer_key]["param_groups"]

@@ -34,7 +34,7 @@ LIMIT = 240
 """Seconds for whatever must come to an end."""
 COLLECTIVE_TIMEOUT = 15
 """Seconds after which a rank gives up on the others."""
-STEPS, SAVE_EVERY = 24, 4
+STEPS, SAVE_EVERY = 60, 4
 
 
 @dataclass

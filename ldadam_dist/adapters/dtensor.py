@@ -159,8 +159,11 @@ class MeshAdapter:
             mesh, placements = param.device_mesh, param.placements
         else:
             return
-        saved, position = state.device_mesh, state.device_mesh.get_coordinate()
-        if (saved, tuple(state.placements), position) == (mesh, tuple(placements), mesh.get_coordinate()):
+        saved, position, here = state.device_mesh, state.device_mesh.get_coordinate(), mesh.get_coordinate()
+        same_mesh = torch.equal(saved.mesh, mesh.mesh) and tuple(state.placements) == tuple(placements)
+        # Names of mesh dimensions may differ, and so may the replica.
+        cut = [dim for dim, placement in enumerate(placements) if not placement.is_replicate()]
+        if same_mesh and position and here and all(position[dim] == here[dim] for dim in cut):
             return
         saver = int(saved.mesh[tuple(position)]) if position is not None else "of another mesh"
         raise ValueError(

@@ -59,6 +59,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
+    options.output_dir = options.output_dir.expanduser()
     try:
         place = Place.from_environment()
         meeting = Meeting(place, options.timeout)

@@ -6,7 +6,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 CONNECT_SECONDS = 5.0
@@ -43,11 +43,13 @@ def unreachable(targets: Mapping[int, tuple[str, int]]) -> dict[int, str]:
 @contextmanager
 def shown_file(folder: Path) -> Iterator[str | None]:
     """Name of a new file in the folder, which the other hosts look for; None if it cannot be written."""
-    try:
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".preflight-shared-") as file:
+    with ExitStack() as stack:
+        try:
+            file = stack.enter_context(tempfile.NamedTemporaryFile(dir=folder, prefix=".preflight-shared-"))
+        except OSError:
+            yield None
+        else:
             yield Path(file.name).name
-    except OSError:
-        yield None
 
 
 def sees(folder: Path, name: str) -> bool:

@@ -118,6 +118,11 @@ def _timeout(group: Any) -> float:
     return limit.total_seconds()
 
 
+def start_anew() -> None:
+    """Reports that there are now are of processes that torchrun has started again since; for before a first step."""
+    _board.start_anew()
+
+
 @contextmanager
 def during(doing: Callable[[], str]) -> Iterator[None]:
     """Say more about a collective that fails within.

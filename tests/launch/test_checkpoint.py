@@ -218,6 +218,42 @@ def test_a_named_checkpoint_is_what_the_run_goes_on_from(start: Start, tmp_path:
 
 
 @pytest.mark.slow
+def test_a_run_whose_checkpoints_are_all_damaged_starts_anew(start: Start, tmp_path: Path, whole: Path) -> None:
+    """It saves at the same steps again, and keeps what it saves."""
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    for step in (6, 10):
+        flip_a_bit(run / "checkpoints" / f"step_{step:06}" / "__0_0.distcp")
+    assert start("--keep_last", "1") == 0
+    assert names(run) == ["step_000006.left", "step_000010", "step_000010.left"]
+    same_weights(run, whole)
+
+
+@pytest.mark.slow
+def test_other_data_is_noticed(start: Start, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Under the same name, as the standard library of another Python is."""
+    data = tmp_path / "corpus"
+    shutil.copytree(corpus, data)
+    assert start("--data", str(data), "--steps", "6") == 0
+    for path in data.iterdir():
+        path.write_text(path.read_text()[::-1])
+    assert start("--data", str(data)) == 2
+    assert "was trained on other data" in capsys.readouterr().err
+    assert names(tmp_path / "run") == ["step_000006"]
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_was_set_aside_is_named_with_what_to_do(
+    start: Start, tmp_path: Path, whole: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(whole, tmp_path / "run")
+    left = tmp_path / "run" / "checkpoints" / "step_000010.left"
+    left.with_suffix("").rename(left)
+    assert start("--resume", str(left)) == 2
+    assert "rename it" in capsys.readouterr().err
+
+
+@pytest.mark.slow
 def test_another_runs_checkpoints_are_left_alone(start: Start, tmp_path: Path, whole: Path) -> None:
     assert start("--resume", str(whole / "checkpoints" / "step_000006")) == 0
     assert names(whole) == ["step_000006", "step_000010"]

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from test_checkpoint import names, same_weights
@@ -54,6 +55,22 @@ def test_killed_and_started_again_by_torchrun(
     assert_same_curves(read_log(run), read_log(whole), relative=0)
 
 
+@pytest.mark.parametrize("resume", ["never", "another run's"])
+def test_started_again_without_a_folder_or_with_another_runs_checkpoint(
+    resume: str, tiny_config: Path, tmp_path: Path, whole: Path, launched: Callable[..., str], monkeypatch: Any
+) -> None:
+    """The second life goes on in the folder of the first."""
+    monkeypatch.chdir(tmp_path)
+    if resume == "never":
+        train_with("forward", 9, 1, None, tiny_config, launched, "--resume", "never", marker=tmp_path / "struck")
+        (run,) = (tmp_path / "runs").iterdir()
+    else:
+        run, checkpoint = tmp_path / "run", whole / "checkpoints" / "step_000008"
+        train_with("forward", 2, 1, run, tiny_config, launched, "--resume", checkpoint)
+    same_weights(run, whole)
+    assert [record["step"] for record in read_log(run)] == list(range(1 if resume == "never" else 9, 11))
+
+
 @pytest.mark.parametrize(("fault", "step", "rank"), [("backward", 6, 1), ("second file", 6, 1)])
 def test_the_same_under_deepspeed(
     fault: str, step: int, rank: int, tiny_config: Path, tmp_path: Path, launched: Callable[..., str], ranks: Callable
@@ -68,15 +85,23 @@ def test_the_same_under_deepspeed(
 
 
 def train_with(
-    fault: str, step: int, rank: int, run: Path, config: Path, launched: Callable[..., str], *options: object
+    fault: str,
+    step: int,
+    rank: int,
+    run: Path | None,
+    config: Path,
+    launched: Callable[..., str],
+    *options: object,
+    marker: Path | None = None,
 ) -> None:
     """A run on two ranks, one of which is killed."""
-    marker = run.with_name("struck")
+    folder = () if run is None else ("--output_dir", run)
+    marker = marker or Path(str(run)).with_name("struck")
     faults = {"FAULT": fault, "FAULT_STEP": str(step), "FAULT_RANK": str(rank), "FAULT_MARKER": str(marker)}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     launched(
         [*torchrun, "--max-restarts", "1", "--monitor-interval", "0.2"],
-        *("--config", config, "--output_dir", run, *OPTIONS, *options),
+        *("--config", config, *folder, *OPTIONS, *options),
         program=PROGRAM,
         environment=faults,
     )
