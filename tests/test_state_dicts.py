@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
     set_state_dict,
 )
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -153,6 +154,29 @@ def test_torch_save_keeps_a_ranks_part_and_no_other_rank_takes_it(
         assert own == after == []
         assert f"is the part that rank {(rank + 1) % ranks} had of it" in message
         assert f"expected that of rank {rank}" in message
+
+
+def load_from_a_mesh_of_another_name() -> bool:
+    """Whether a state that was saved on a mesh with names loads on the same one without."""
+    optimizers = []
+    for names in (("shards",), None):
+        model = nn.Linear(7, 5, bias=False)
+        fully_shard(model, mesh=init_device_mesh("cpu", (2,), mesh_dim_names=names))
+        optimizers.append(LDAdamW(model.parameters(), rank=2))
+        model(torch.ones(4, 7)).square().mean().backward()
+        optimizers[-1].step()
+    named, nameless = optimizers
+    nameless.load_state_dict(named.state_dict())
+    (state,), (loaded,) = named.state.values(), nameless.state.values()
+    return all(torch.equal(local(state[key]), local(loaded[key])) for key in state)
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def test_names_of_a_mesh_do_not_matter() -> None:
+    assert all(run_ranks(2, load_from_a_mesh_of_another_name))
 
 
 def load_flattened(optimizer_name: str) -> str:

@@ -3,6 +3,7 @@
 import functools
 import itertools
 import json
+import shutil
 import socket
 import sys
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from launch.distributed import World
 from launch.pretrain import main as pretrain
 from launch.runlog import read_log
 from launch.zero import ZeroEngine, leaves, zero_settings
+from ldadam_dist.convert import convert
 
 pytest.importorskip("deepspeed")
 
@@ -153,6 +155,16 @@ def test_resumed_by_other_ranks_and_engines(
     run_like_torchrun(size, pretrain, ["--config", str(tiny_config), "--output_dir", str(folder), *options])
     assert_same_curves(read_log(folder), read_log(whole), relative=2e-5)
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step_000006", "step_000010"]
+
+
+@pytest.mark.parametrize("name", ["zero2", pytest.param("zero3", marks=pytest.mark.slow)])
+def test_a_file_of_the_last_rank_that_is_missing_is_noticed(name: str, run: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "zero"
+    shutil.copytree(run(*under(name)) / "checkpoints" / "step_000006" / "zero", folder)
+    (lost,) = folder.glob("*zero_pp_rank_1_mp_rank_00_optim_states.pt")
+    lost.unlink()
+    with pytest.raises(ValueError, match="of 1 ranks: expected all 2"):
+        convert(folder, tmp_path / "converted")
 
 
 @pytest.mark.parametrize("optimizer", ["ldadamw", "adamw"])
