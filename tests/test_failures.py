@@ -112,12 +112,12 @@ def test_who_did_not_come_is_named_with_the_matrices(ranks: int, layout: str, ho
 
 def train_after_a_failure_that_torchrun_survived() -> int:
     """The store still has a report; then a rank is late for longer than the others wait before they look."""
-    optimizer = LDAdamW((model := models.odd_net()).named_parameters(), rank=2, process_group=dist.group.WORLD)
     failures.PERIOD = 0.05
     if dist.get_rank() == 0:
         dist.group.WORLD.get_group_store().set(f"{failures._COUNT}/1", json.dumps(asdict(Report(1, [0, 1], 0.0, 1.0))))
         assert dist.group.WORLD.get_group_store().add(failures._COUNT, 1) == 1
     dist.barrier()
+    optimizer = LDAdamW((model := models.odd_net()).named_parameters(), rank=2, process_group=dist.group.WORLD)
     for step in range(2):
         models.odd_loss(model, models.odd_inputs(step)).backward()
         time.sleep(0.4 * dist.get_rank())
