@@ -111,7 +111,7 @@ def worst(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     return max(((found[n] - t).abs().max() / t.abs().max().clamp(min=1e-3)).item() for n, t in expected.items())
 
 
-QUICK = ("FSDP2, HSDP, DDP", "TP, FSDP2 x TP, plain")
+QUICK = ("FSDP2, HSDP, DDP",)
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in QUICK else [pytest.mark.slow]) for n in CHAINS])

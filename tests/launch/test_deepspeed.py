@@ -26,6 +26,7 @@ pytest.importorskip("deepspeed")
 
 FOLDER = REPOSITORY / "configs" / "deepspeed"
 SHIPPED = sorted(path.stem for path in FOLDER.glob("*.json"))
+QUICK = ("zero2", "zero3")
 TWO_RANKS = World(dp_rank=0, size=2, local_rank=0, device=torch.device("cpu"))
 
 Run = Callable[..., Path]
@@ -63,11 +64,12 @@ def under(name: str) -> tuple[str, str]:
     return "--deepspeed", str(FOLDER / f"{name}.json")
 
 
-@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in QUICK else [pytest.mark.slow]) for n in SHIPPED])
 def test_trains_like_one_process_without_deepspeed(name: str, run: Run, plain: Run) -> None:
     assert_same_curves(read_log(run(*under(name))), read_log(plain("ldadamw")), relative=2e-5)
 
 
+@pytest.mark.slow
 def test_accumulates_and_recomputes(run: Run, plain: Run, tmp_path: Path) -> None:
     """Under ZeRO-3 that gathers every weight when it is needed; so small ones stay, if the shipped JSON decides."""
     settings = json.loads((FOLDER / "zero3.json").read_text())
@@ -125,7 +127,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_counted(tiny_config: Path,
     assert [record["grad_norm"] is None for record in records] == [False, False, True, False, False]
 
 
-@pytest.mark.parametrize("name", ["zero2", "zero3_offload"])
+@pytest.mark.parametrize("name", ["zero2", pytest.param("zero3_offload", marks=pytest.mark.slow)])
 def test_resumed_goes_on_exactly(name: str, run: Run, tiny_config: Path, tmp_path: Path, ranks: Callable) -> None:
     whole = run(*under(name))
     folder = interrupted(whole, tmp_path / "run")
