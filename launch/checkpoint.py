@@ -47,9 +47,7 @@ class Checkpointer:
         background: write while training goes on.
     """
 
-    def __init__(
-        self, folder: Path, engine: Engine, world: World, keep_last: int = 0, background: bool = False
-    ) -> None:
+    def __init__(self, folder: Path, engine: Engine, world: World, keep_last: int, background: bool) -> None:
         self.folder, self.engine, self.keep_last, self.background = folder, engine, keep_last, background
         self._world = world.apart()  # the thread communicates while training does
         self._launch = world.broadcast(uuid.uuid4().hex[:8])  # others may still write in the folder, behind a cut link
