@@ -63,13 +63,13 @@ class Host:
                 os.kill(pid, signal.SIGKILL)
 
     def close(self) -> None:
-        assert self.holder.stdin
-        self.holder.stdin.close()
-        try:
-            self.holder.wait(10)
-        except subprocess.TimeoutExpired:
-            self.holder.kill()
-            self.holder.wait()
+        with self.holder:  # whose end closes its other pipes
+            assert self.holder.stdin
+            self.holder.stdin.close()
+            try:
+                self.holder.wait(10)
+            except subprocess.TimeoutExpired:
+                self.holder.kill()
 
 
 def call(command: Sequence[str]) -> None:
@@ -92,8 +92,8 @@ def start_host(name: str, folder: Path) -> Host:
     assert holder.stdout
     assert holder.stderr
     if holder.stdout.readline() != b"ready\n":
-        reason = holder.stderr.read().decode().strip()
-        holder.wait()
+        with holder:
+            reason = holder.stderr.read().decode().strip()
         raise UnavailableError(f"namespaces are not allowed here: {reason}")
     return Host(name, holder)
 
