@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -11,7 +14,7 @@ _NULL = 32.0
 
 
 def orthonormalize(matrix: Tensor) -> Tensor:
-    """Orthonormal basis of the columns, in their order (Gram-Schmidt, by Householder QR).
+    """Orthonormal basis of the columns, in their order (Gram-Schmidt).
 
     Columns that depend on earlier ones carry rounding noise only, which differs from mesh to mesh; they are replaced
     by fixed directions, so the result is orthonormal and reproducible whatever the rank.
@@ -21,17 +24,56 @@ def orthonormalize(matrix: Tensor) -> Tensor:
     Returns:
         (b, m, r), QᵀQ = I; unique up to the sign of each column.
     """
-    largest = matrix.abs().amax(dim=(-2, -1), keepdim=True)  # a norm would square what is quadratic in the gradient
-    matrix = matrix / torch.where(largest > 0, largest, 1.0)
+    # LAPACK's QR is as quick as any product on a CPU; a GPU takes long for it, and would wait for the host to look.
+    on_host = matrix.device.type == "cpu" or matrix.dtype == torch.float64
+    return householder_basis(matrix) if on_host else cholesky_basis(matrix)
+
+
+def householder_basis(matrix: Tensor) -> Tensor:
+    """`orthonormalize` by Householder QR, and once more if a column is null."""
+    largest = torch.linalg.vector_norm(matrix, float("inf"), dim=(-2, -1), keepdim=True)
+    matrix = matrix / torch.where(largest > 0, largest, 1.0)  # it is quadratic in the gradient: its norm may overflow
     basis: Tensor
     basis, triangle = torch.linalg.qr(matrix)
     null = triangle.diagonal(dim1=-2, dim2=-1).abs() <= _NULL * torch.finfo(matrix.dtype).eps
     if bool(null.any()):
-        m, r = matrix.shape[-2:]
-        fixed = test_matrix(torch.arange(m, device=matrix.device), r, matrix.dtype)
-        fixed = fixed / torch.linalg.vector_norm(fixed, dim=0)
-        basis = torch.linalg.qr(torch.where(null[:, None, :], fixed, matrix)).Q
+        basis = torch.linalg.qr(torch.where(null[:, None, :], _fixed_directions(matrix), matrix)).Q
     return basis
+
+
+def cholesky_basis(matrix: Tensor) -> Tensor:
+    """`orthonormalize` of float32 by Cholesky QR, twice, in float64: the host never waits for a result.
+
+    The first factor says which columns are null, of which rounding in float64 leaves nothing like float32's. The second
+    makes orthonormal what the first has left, at worst 1e-3 for columns that float32 just tells apart, and the fixed
+    directions.
+    """
+    unit = torch.finfo(matrix.dtype).eps
+    largest = torch.linalg.vector_norm(matrix, float("inf"), dim=(-2, -1), keepdim=True)
+    columns = matrix.double() / torch.where(largest > 0, largest, 1.0)
+    norms = torch.linalg.vector_norm(columns, dim=-2, keepdim=True)
+    columns /= torch.where(norms > 0, norms, 1.0)
+    # The shift is above float64's rounding, so that no pivot is negative, and far below the square of what is null.
+    gram = (columns.mT @ columns).add_(torch.eye(columns.shape[-1], device=matrix.device), alpha=1e-13)
+    triangle = torch.linalg.cholesky_ex(gram, upper=True).L
+    pivots = triangle.diagonal(dim1=-2, dim2=-1)
+    null = (pivots * norms.squeeze(-2) <= _NULL * unit) | (pivots <= 8 * unit)
+    basis: Tensor = torch.linalg.solve_triangular(triangle, columns, upper=True, left=False)
+    basis = torch.where(null[:, None, :], _fixed_directions(basis), basis)
+    triangle = torch.linalg.cholesky_ex(basis.mT @ basis, upper=True).L
+    basis = torch.linalg.solve_triangular(triangle, basis, upper=True, left=False)
+    return basis.to(matrix.dtype)
+
+
+def _fixed_directions(like: Tensor) -> Tensor:
+    """(m, r) columns of length 1 that nothing but their shape decides."""
+    return _unit_columns(*like.shape[-2:], like.dtype, like.device)
+
+
+@lru_cache(maxsize=16)
+def _unit_columns(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    fixed = test_matrix(torch.arange(rows, device=device), columns, dtype)
+    return fixed.div_(torch.linalg.vector_norm(fixed, dim=0))
 
 
 def leading_directions(matrix: Tensor, rank: int) -> Tensor:
@@ -78,9 +120,10 @@ def rotate_second_moment(
     """Second moment expressed in the new subspace (LDAdam, projection-aware update).
 
         V' = bias2 · | (R∘R) (V/bias2 − (M/bias1)²) + (R M/bias1)² |
+           = | (R∘R) (V − c M²) + c (R M)² |,  c = bias2/bias1²
 
     The variance is rotated and the squared mean added back; the absolute value guards the rounding of a difference
-    of near-equal terms.
+    of near-equal terms. The second form takes fewer passes.
 
     Args:
         exp_avg_sq, exp_avg: (b, r, n), moments in the old subspace.
@@ -90,9 +133,9 @@ def rotate_second_moment(
     Returns:
         (b, r, n), non-negative.
     """
-    variance = (exp_avg_sq / bias2).addcmul_(exp_avg, exp_avg, value=-1.0 / bias1**2)
-    rotated = (rotation * rotation) @ variance
-    return rotated.addcmul_(rotated_exp_avg, rotated_exp_avg, value=1.0 / bias1**2).mul_(bias2).abs_()
+    c = bias2 / bias1**2
+    variance = torch.addcmul(exp_avg_sq, exp_avg, exp_avg, value=-c)
+    return (rotation.square() @ variance).addcmul_(rotated_exp_avg, rotated_exp_avg, value=c).abs_()
 
 
 def adam_direction(exp_avg: Tensor, exp_avg_sq: Tensor, *, bias1: float, bias2: float, eps: float) -> Tensor:
@@ -105,4 +148,23 @@ def adam_direction(exp_avg: Tensor, exp_avg_sq: Tensor, *, bias1: float, bias2: 
     Returns:
         the direction, same shape.
     """
-    return (exp_avg / bias1).div_((exp_avg_sq / bias2).sqrt_().add_(eps))
+    denominator = exp_avg_sq.sqrt().mul_(bias1 / bias2**0.5).add_(bias1 * eps)
+    return torch.div(exp_avg, denominator, out=denominator)
+
+
+def add_products_(target: Tensor, products: Sequence[tuple[Tensor, Tensor, float]]) -> None:
+    """target += Σ factor · left right, in place and without a tensor of its size.
+
+    Args:
+        target: (b, m, n).
+        products: (left, right, factor) of each product, left (b, m, r) and right (b, r, n).
+    """
+    m, n = target.shape[-2:]
+    # Side by side they are one product, which reads and writes the target once. Where they are not thin, the copies
+    # cost more than that.
+    if len(products) > 1 and 4 * products[0][0].shape[-1] * (m + n) < m * n:
+        lefts = torch.cat([left for left, _, _ in products], dim=-1)
+        rights = torch.cat([factor * right for _, right, factor in products], dim=-2)
+        products = [(lefts, rights, 1.0)]
+    for left, right, factor in products:
+        target.baddbmm_(left, right, alpha=factor)

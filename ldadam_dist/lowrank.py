@@ -91,7 +91,7 @@ def _jobs(moving: Sequence[tuple[Any, Unit, Matrix]]) -> Iterator[Job]:
         (_, layout, communication, hyper, t, dtype, device), _, _ = moving[batch[0]]
         step = partial(step_on_owner if communication == "gather" else ldadam_step, layout=layout, hyper=hyper, t=t)
         matrices, owners = [moving[i][2] for i in batch], tuple(moving[i][1].owner for i in batch)
-        yield Job(layout, owners, partial(_exchange, matrices, step, dtype, device))
+        yield Job(layout, device, owners, partial(_exchange, matrices, step, dtype, device))
 
 
 def _exchange(

@@ -22,7 +22,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ldadam_dist.algebra import adam_direction, leading_directions, orthonormalize, rotate_second_moment, test_matrix
+from ldadam_dist.algebra import (
+    adam_direction,
+    add_products_,
+    leading_directions,
+    orthonormalize,
+    rotate_second_moment,
+    test_matrix,
+)
 from ldadam_dist.layout import MatrixLayout, Part
 from ldadam_dist.requests import Delegate, Exchange, Gather, OnOwner, ScatterSum, Sum, alone
 
@@ -77,8 +84,8 @@ def ldadam_step(block: Block, layout: MatrixLayout, hyper: Hyper, t: int) -> Exc
     if t == 1:
         U_new = yield from first_projector(A, layout, hyper)
         g = yield ScatterSum(layout.over_m, U_new.mT @ A)
-        M, V = (1 - beta1) * g, (1 - beta2) * g * g
-        lost = g  # what the error loses: U' times this
+        M, V = (1 - beta1) * g, (1 - beta2) * g.square()
+        momentum = []
     else:
         b1, b2 = 1 - beta1 ** (t - 1), 1 - beta2 ** (t - 1)
         U = yield Gather(layout.over_n, block.projector, -2, layout.m_local)
@@ -88,15 +95,13 @@ def ldadam_step(block: Block, layout: MatrixLayout, hyper: Hyper, t: int) -> Exc
         R = yield Sum(layout.over_m, U_new.mT @ U)
         M_rotated = R @ M
         V = rotate_second_moment(V, M, R, M_rotated, bias1=b1, bias2=b2)
-        M = (beta1 * M_rotated).add_(g, alpha=1 - beta1)
         V = V.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-        lost = g.add(M_rotated, alpha=k)
+        M = g.lerp_(M_rotated, beta1)  # β1 R M + (1 − β1) g
+        momentum = [(U, M_whole, k)]
 
-    if hyper.error_feedback:  # E = A + k U M − U'(g + k R M)
-        lost = yield Gather(layout.over_m, lost, -1, layout.n_local)
-        if t > 1:
-            A.baddbmm_(U, M_whole, alpha=k)
-        A.baddbmm_(U_new, lost, alpha=-1)
+    if hyper.error_feedback:  # E = A + k U M − U'(g + k R M), and g + k R M = M'/(1 − β1)
+        M_whole = yield Gather(layout.over_m, M, -1, layout.n_local)
+        add_products_(A, [*momentum, (U_new, M_whole, -1 / (1 - beta1))])
 
     # W = (1 − lr·wd) W − lr U' D
     D = adam_direction(M, V, bias1=1 - beta1**t, bias2=1 - beta2**t, eps=hyper.eps)
@@ -139,7 +144,7 @@ def next_projector(
     if hyper.proj_method == "power_iteration":
         # Orthonormal basis of Y = B Bᵀ U = U ρ (M/b1) UtBᵀ + (1−ρ) A UtBᵀ, with UtB = UᵀB; B is never materialised.
         UtA = yield ScatterSum(layout.over_m, U.mT @ A)
-        UtB = (rho / b1 * M).add_(UtA, alpha=1 - rho)
+        UtB = UtA.mul_(1 - rho).add_(M, alpha=rho / b1)
         UtB = yield Gather(layout.over_m, UtB, -1, layout.n_local)
         Y = torch.baddbmm(U @ (M_whole @ UtB.mT), A, UtB.mT, beta=rho / b1, alpha=1 - rho)
         return (yield OnOwner(Y, orthonormalize, layout.rank))

@@ -18,7 +18,14 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from ldadam_dist import LDAdamW
-from ldadam_dist.algebra import leading_directions, orthonormalize, rotate_second_moment, test_matrix
+from ldadam_dist.algebra import (
+    cholesky_basis,
+    householder_basis,
+    leading_directions,
+    orthonormalize,
+    rotate_second_moment,
+    test_matrix,
+)
 
 
 def matrix(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
@@ -53,10 +60,37 @@ def test_basis_is_orthonormal_whatever_the_rank(name: str, dtype: torch.dtype, f
     torch.testing.assert_close(basis.mT @ basis, identity, rtol=0, atol=64 * torch.finfo(dtype).eps)
 
 
-def test_basis_spans_the_columns() -> None:
-    y = matrix(2, 30, 6)
-    basis = orthonormalize(y)
-    torch.testing.assert_close(basis @ (basis.mT @ y), y, rtol=0, atol=1e-12)
+def with_condition(number: float, m: int, r: int) -> Tensor:
+    """(1, m, r) of that condition number, singular values evenly spread, in general position."""
+    left, right = torch.linalg.qr(matrix(m, r)).Q, torch.linalg.qr(matrix(r, r, seed=1)).Q
+    return (left * torch.logspace(0, -torch.tensor(number).log10(), r, dtype=torch.float64) @ right)[None]
+
+
+@pytest.mark.parametrize("name", [*DEGENERATE, *(f"condition 1e{k}" for k in range(0, 15, 2)), "wide", "huge"])
+@pytest.mark.parametrize("function", [cholesky_basis, householder_basis])
+def test_float32_basis_is_orthonormal_however_it_is_found(name: str, function: Any) -> None:
+    hard = {"wide": matrix(2, 130, 128), "huge": 1e30 * matrix(2, 40, 6)}  # nearly square; its square overflows
+    condition = name.removeprefix("condition ")
+    y = with_condition(float(condition), 300, 32) if condition != name else {**DEGENERATE, **hard}[name]
+    basis = function(y.float())
+    identity = torch.eye(y.shape[-1]).expand(len(y), -1, -1)
+    torch.testing.assert_close(basis.mT @ basis, identity, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", [*DEGENERATE, "condition 1e3"])
+def test_both_ways_find_the_same_basis(name: str) -> None:
+    """Up to signs, and up to what rounding leaves of a direction; fixed directions stand in the same places."""
+    y = (with_condition(1e3, 300, 32) if name == "condition 1e3" else DEGENERATE[name]).float()
+    overlap = (householder_basis(y).mT @ cholesky_basis(y)).abs()
+    identity = torch.eye(y.shape[-1]).expand(len(y), -1, -1)
+    torch.testing.assert_close(overlap, identity, rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_basis_spans_the_columns(dtype: torch.dtype, tolerance: float) -> None:
+    y = matrix(2, 30, 6, dtype=dtype)
+    for basis in (orthonormalize(y), cholesky_basis(y)):
+        torch.testing.assert_close(basis @ (basis.mT @ y), y, rtol=0, atol=tolerance)
 
 
 def test_leading_directions_are_singular_vectors() -> None:

@@ -12,9 +12,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from ldadam_dist.layout import Axis, MatrixLayout
 from ldadam_dist.requests import Delegate, Exchange, Gather, OnOwner, Request, ScatterSum, Send, Sum, alone
 from ldadam_dist.runtime.collectives import answer_gathers, answer_scatter_sums, answer_sends, answer_sums
+from ldadam_dist.runtime.cores import side_by_side
 from ldadam_dist.runtime.owners import Owned, answer_delegates, answer_on_owners
 
 
@@ -24,12 +27,14 @@ class Job:
 
     Attributes:
         layout: where each of them lies.
+        device: where they are stepped.
         owners: for each matrix, the number of the process that computes its projector: its place (i, j) as
             i · over_n.count + j.
         start: makes the exchange, which takes memory when it is first advanced and stores its result itself.
     """
 
     layout: MatrixLayout
+    device: torch.device
     owners: tuple[int, ...]
     start: Callable[[], Exchange]
 
@@ -39,12 +44,15 @@ def run(jobs: Iterable[Job]) -> None:
 
     A job that asks nobody runs by itself: its matrix is then still in the cache from one product to the next.
     """
-    shared = []
+    shared, on_cores = [], []
     for job in jobs:
-        if job.layout.whole:
-            alone(job.start())
-        else:
+        if not job.layout.whole:
             shared.append(job)
+        elif job.device.type == "cpu":
+            on_cores.append((len(job.owners) * job.layout.shard_elements, lambda job=job: alone(job.start())))
+        else:
+            alone(job.start())
+    side_by_side(on_cores)
     exchanges = [job.start() for job in shared]
     answers: dict[int, Any] = dict.fromkeys(range(len(shared)))
     while answers:
