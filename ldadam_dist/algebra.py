@@ -37,7 +37,9 @@ def householder_basis(matrix: Tensor) -> Tensor:
     basis, triangle = torch.linalg.qr(matrix)
     null = triangle.diagonal(dim1=-2, dim2=-1).abs() <= _NULL * torch.finfo(matrix.dtype).eps
     if bool(null.any()):
-        basis = torch.linalg.qr(torch.where(null[:, None, :], _fixed_directions(matrix), matrix)).Q
+        m, r = matrix.shape[-2:]
+        fixed = _fixed_directions(m, r, matrix.dtype, matrix.device)
+        basis = torch.linalg.qr(torch.where(null[:, None, :], fixed, matrix)).Q
     return basis
 
 
@@ -59,21 +61,24 @@ def cholesky_basis(matrix: Tensor) -> Tensor:
     pivots = triangle.diagonal(dim1=-2, dim2=-1)
     null = (pivots * norms.squeeze(-2) <= _NULL * unit) | (pivots <= 8 * unit)
     basis: Tensor = torch.linalg.solve_triangular(triangle, columns, upper=True, left=False)
-    basis = torch.where(null[:, None, :], _fixed_directions(basis), basis)
+    m, r = basis.shape[-2:]
+    fixed = _kept_directions(m, r, basis.dtype, basis.device)
+    basis = torch.where(null[:, None, :], fixed, basis)
     triangle = torch.linalg.cholesky_ex(basis.mT @ basis, upper=True).L
     basis = torch.linalg.solve_triangular(triangle, basis, upper=True, left=False)
     return basis.to(matrix.dtype)
 
 
-def _fixed_directions(like: Tensor) -> Tensor:
-    """(m, r) columns of length 1 that nothing but their shape decides."""
-    return _unit_columns(*like.shape[-2:], like.dtype, like.device)
+def _fixed_directions(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Columns of length 1 that nothing but their shape decides."""
+    fixed = test_matrix(torch.arange(rows, device=device), columns, dtype)
+    return fixed.div_(torch.linalg.vector_norm(fixed, dim=0))
 
 
 @lru_cache(maxsize=16)
-def _unit_columns(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    fixed = test_matrix(torch.arange(rows, device=device), columns, dtype)
-    return fixed.div_(torch.linalg.vector_norm(fixed, dim=0))
+def _kept_directions(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The same, for who asks at every step."""
+    return _fixed_directions(rows, columns, dtype, device)
 
 
 def leading_directions(matrix: Tensor, rank: int) -> Tensor:

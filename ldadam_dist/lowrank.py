@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from itertools import chain
+from typing import Any, TypeAlias
 
 import torch
 
@@ -24,7 +25,11 @@ EXACT_INIT_SIZE = 256
 this, and from a randomised subspace iteration if it is larger."""
 
 
-def plan_windows(entries: Sequence[Entry], window: int, turn: int = 0) -> list[list[Unit]]:
+_Moving: TypeAlias = tuple[Any, Unit, Matrix]
+"""A matrix that is stepped: what must be equal in a batch, its place in the plan, its storage."""
+
+
+def plan_windows(entries: Sequence[Entry], window: int, turn: int = 0) -> list[list[list[Unit]]]:
     """What is stepped together, by whom and how; from metadata alone, so the same on every rank.
 
     Args:
@@ -42,23 +47,24 @@ def plan_windows(entries: Sequence[Entry], window: int, turn: int = 0) -> list[l
     return make_plan(matrices, window, turn)
 
 
-def step_matrices(entries: Sequence[Entry], windows: Sequence[Sequence[Unit]]) -> None:
+def step_matrices(entries: Sequence[Entry], plan: Sequence[Sequence[Sequence[Unit]]]) -> None:
     """Step every matrix that has a gradient; collective.
 
     A matrix starts with its first gradient that is not zero everywhere; until then only its weight decays.
 
     Args:
         entries: all parameters that are projected, as in `plan_windows`.
-        windows: from `plan_windows`.
+        plan: from `plan_windows`.
     """
     steps = [entry.state["step"].reshape(-1).tolist() if entry.present else [0.0] * entry.number for entry in entries]
     moves = [
         [status == NONZERO or (status == ZERO and step > 0) for status, step in zip(e.statuses, counts, strict=True)]
         for e, counts in zip(entries, steps, strict=True)
     ]
-    for window in windows:
+
+    def moving(window: Sequence[Unit]) -> list[_Moving]:
         here: dict[int, tuple[list[Matrix], Hyper]] = {}
-        moving: list[tuple[Any, Unit, Matrix]] = []
+        found: list[_Moving] = []
         for unit in window:
             entry, (start, stop) = entries[unit.entry], entries[unit.entry].held
             number = start + unit.slot
@@ -71,22 +77,26 @@ def step_matrices(entries: Sequence[Entry], windows: Sequence[Sequence[Unit]]) -
                 matrix = matrices[unit.slot]
                 how = (type(matrix), unit.layout, unit.communication, hyper, int(steps[unit.entry][number]) + 1)
                 where = (compute_dtype(entry.param.dtype), entry.adapter.device)
-                moving.append(((*how, *where), unit, matrix))
+                found.append(((*how, *where), unit, matrix))
             else:  # there is no direction yet to project on
                 matrices[unit.slot].weight.mul_(1 - hyper.lr * hyper.weight_decay)
-        with during(partial(_stepped, entries, moving)):
-            run(_jobs(moving))
+        return found
+
+    for windows in plan:
+        together = [moving(window) for window in windows]
+        with during(partial(_stepped, entries, list(chain(*together)))):
+            run(map(_jobs, together))
     for entry, moved in zip(entries, moves, strict=True):
         if entry.present:
             step = entry.state["step"]
             step += torch.tensor(moved, device=step.device) if len(moved) > 1 else moved[0]
 
 
-def _stepped(entries: Sequence[Entry], moving: Sequence[tuple[Any, Unit, Matrix]]) -> str:
+def _stepped(entries: Sequence[Entry], moving: Sequence[_Moving]) -> str:
     return f"stepped {listed(dict.fromkeys(entries[unit.entry].name for _, unit, _ in moving))}"
 
 
-def _jobs(moving: Sequence[tuple[Any, Unit, Matrix]]) -> Iterator[Job]:
+def _jobs(moving: Sequence[_Moving]) -> Iterator[Job]:
     for batch in batches([(key, matrix.layout) for key, _, matrix in moving]):
         (_, layout, communication, hyper, t, dtype, device), _, _ = moving[batch[0]]
         step = partial(step_on_owner if communication == "gather" else ldadam_step, layout=layout, hyper=hyper, t=t)

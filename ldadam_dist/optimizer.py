@@ -151,7 +151,7 @@ class LDAdamW(Optimizer):
     def _forget(self) -> None:
         """Start without what is found out about the parameters as they are stepped."""
         self._adapters: dict[Any, Adapter] = {}
-        self._plans: dict[tuple[int, ...], tuple[Any, list[list[Unit]]]] = {}
+        self._plans: dict[tuple[int, ...], tuple[Any, list[list[list[Unit]]]]] = {}
         self._agreed: set[tuple[int, ...]] = set()
         self._given: set[int] = set()
         self._shapes: dict[int, list[tuple[int, ...]]] = {}
@@ -381,7 +381,7 @@ class LDAdamW(Optimizer):
             self._adapters[key] = adapter_for(param, self._process_group, name, flatten)
         return self._adapters[key]
 
-    def _windows(self, entries: list[Entry]) -> list[list[Unit]]:
+    def _windows(self, entries: list[Entry]) -> list[list[list[Unit]]]:
         """The plan of the matrices; made anew when they or their settings change."""
         keys = ("rank", "proj_type", "proj_method", "error_feedback", "communication")
         made_of = tuple((e.adapter, e.matrices, *(e.group[key] for key in keys)) for e in entries)

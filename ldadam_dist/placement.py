@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 from ldadam_dist.costs import wire_elements
 from ldadam_dist.entries import Entry
@@ -70,15 +71,15 @@ class Placement(tuple[Placed, ...]):
         return "\n".join(lines)
 
 
-def placement(entries: Sequence[Entry], windows: Iterable[Iterable[Unit]]) -> Placement:
+def placement(entries: Sequence[Entry], plan: Iterable[Iterable[Iterable[Unit]]]) -> Placement:
     """The placement of all trainable parameters; from metadata alone, so any rank may ask for it by itself.
 
     Args:
         entries: all parameters.
-        windows: the plan of those that are projected.
+        plan: of those that are projected.
     """
     units: dict[int, list[Unit]] = {}
-    for window in windows:
+    for window in chain.from_iterable(plan):
         for unit in window:
             units.setdefault(unit.entry, []).append(unit)
     planned = iter(range(len(units)))

@@ -15,6 +15,9 @@ from ldadam_dist.layout import MatrixLayout
 WINDOW_ELEMENTS = 2**25
 """Elements of matrices in flight together on a rank, by default: 128 MiB in float32."""
 
+SIDE_BY_SIDE = 2
+"""Windows that run side by side: while the collectives of one are on their way, the other computes."""
+
 
 @dataclass(frozen=True)
 class Unit:
@@ -37,20 +40,28 @@ class Unit:
 
 def make_plan(
     matrices: Sequence[tuple[MatrixLayout, int, Communication]], window: int, turn: int = 0
-) -> list[list[Unit]]:
-    """Windows of units, to be stepped one window after the other.
+) -> list[list[list[Unit]]]:
+    """Windows of units, and which of them run side by side: one such set after the other.
 
     Args:
         matrices: for each parameter the layout of its matrices, how many of them a rank holds at most, and how they are
             stepped.
         window: elements in flight together: of weights and factors on a rank, and of the matrices gathered on it. A
-            window has at least one unit.
+            window has at least one unit, and is alone if there is no room for another.
         turn: see `assign_owners`.
     """
     slots = [(e, s, layout, how) for e, (layout, count, how) in enumerate(matrices) for s in range(count)]
     owners = assign_owners([(layout, how) for _, _, layout, how in slots], turn)
     units = [Unit(*slot, owner) for slot, owner in zip(slots, owners, strict=True)]
-    return list(_windows(units, window))
+    plan: list[list[list[Unit]]] = []
+    room = 0
+    for together, size in _windows(units, window // SIDE_BY_SIDE):
+        if not plan or len(plan[-1]) == SIDE_BY_SIDE or size > room:
+            plan.append([])
+            room = window
+        plan[-1].append(together)
+        room -= size
+    return plan
 
 
 def assign_owners(matrices: Sequence[tuple[MatrixLayout, Communication]], turn: int = 0) -> list[int]:
@@ -71,7 +82,8 @@ def assign_owners(matrices: Sequence[tuple[MatrixLayout, Communication]], turn: 
     return owners
 
 
-def _windows(units: Iterable[Unit], window: int) -> Iterable[list[Unit]]:
+def _windows(units: Iterable[Unit], window: int) -> Iterable[tuple[list[Unit], int]]:
+    """Units that are stepped together, and the elements in flight on the rank that has most."""
     together: list[Unit] = []
     blocks, gathered = 0, dict[Hashable, int]()
     for unit in units:
@@ -80,10 +92,10 @@ def _windows(units: Iterable[Unit], window: int) -> Iterable[list[Unit]]:
         whole = layout.m * layout.n if unit.communication == "gather" else 0
         most = max([*gathered.values(), gathered.get(place, 0) + whole])
         if together and blocks + layout.held_elements + most > window:
-            yield together
+            yield together, blocks + max(gathered.values())
             together, blocks, gathered = [], 0, {}
         together.append(unit)
         blocks += layout.held_elements
         gathered[place] = gathered.get(place, 0) + whole
     if together:
-        yield together
+        yield together, blocks + max(gathered.values())

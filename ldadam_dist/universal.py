@@ -21,7 +21,7 @@ from ldadam_dist.layout import Axis, Bounds, Part
 from ldadam_dist.packing import Packing, Runs, dtypes_of, overlaps, planes_of, read_planes
 from ldadam_dist.partitions import FlatParam, FlatPartition, Partitions
 from ldadam_dist.rules import compute_dtype, low_rank_matrices, stored_error_dtype
-from ldadam_dist.runtime import agree, exchange
+from ldadam_dist.runtime import agree, exchange, finish
 from ldadam_dist.state import stored_shapes
 
 KEY = "flat_params"
@@ -291,7 +291,7 @@ def _redistribute(moved: Sequence[tuple[Tensor, list[Runs], list[Runs]]], axis: 
         for p in processes:
             outgoing[p] += [mine[at : at + length] for at, _, length in overlaps(have[me], want[p])]
             sizes[p] += sum(length for *_, length in overlaps(have[p], want[me]))
-    received = exchange(outgoing, sizes, axis, like)
+    received = finish(exchange(outgoing, sizes, axis, like))
     taken = [0 for _ in processes]
     for _, have, want in moved:
         wanted = like.new_empty(sum(stop - start for start, stop in want[me]))

@@ -82,7 +82,7 @@ def add_whole_rows(starts: tuple[int, ...], columns: int, rank: int) -> tuple[Te
                 matrix.weight.add_(matrix.grad, alpha=10)
             yield from hand_back(batch, torch.device("cpu"))
 
-        run([Job(layout, torch.device("cpu"), (0, 0), exchange)])
+        run([[Job(layout, torch.device("cpu"), (0, 0), exchange)]])
         stored.append(torch.cat(pieces))
     return stored[0], stored[1]
 

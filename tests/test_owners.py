@@ -51,7 +51,7 @@ def test_owners_batches_and_windows_are_the_same_on_every_rank() -> None:
     for index in range(4):
         layouts = [layout(40, 16, index=index), layout(40, 16, index=index), layout(30, 17, index=index)] * 3
         plan = make_plan([(where, 1, how) for where in layouts for how in ("lowrank", "gather")], 1500)
-        units = [[(unit.entry, unit.communication, unit.owner) for unit in window] for window in plan]
+        units = [[[(u.entry, u.communication, u.owner) for u in window] for window in windows] for windows in plan]
         seen.append((batches([((w.m, w.n), w) for w in layouts]), units))
     assert all(rank == seen[0] for rank in seen)
     assert seen[0][0] == [[0, 1, 3, 4, 6, 7], [2, 5, 8]]

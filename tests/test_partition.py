@@ -279,16 +279,16 @@ def bounded(found: list[list[float]], most: float) -> None:
     usual, more, narrow = found
     assert max(usual) <= most, "windows"
     assert more == pytest.approx(usual, abs=0.01), "a larger model needs as much"
-    assert max(narrow) / 4 <= 0.6 * max(usual), "a quarter of the window needs less"
+    assert max(narrow) / 4 <= 0.7 * max(usual), "a quarter of the window needs less"
 
 
 BF16, FP32 = torch.bfloat16, torch.float32
 # Windows of float32: with bfloat16 parameters the weight and the error are copied.
 PEAKS = [
-    *((FP32, "lowrank", ROWS[0], 1.0), (BF16, "lowrank", ROWS[0], 2.7)),
-    *((FP32, "lowrank", Shard(1), 1.5), (BF16, "lowrank", Shard(1), 3.3)),
-    *((FP32, "gather", ROWS[0], 3.8), (BF16, "gather", ROWS[0], 4.7)),
-    *((FP32, "gather", Shard(1), 4.8), (BF16, "gather", Shard(1), 5.7)),
+    *((FP32, "lowrank", ROWS[0], 0.9), (BF16, "lowrank", ROWS[0], 2.4)),
+    *((FP32, "lowrank", Shard(1), 1.5), (BF16, "lowrank", Shard(1), 2.4)),
+    *((FP32, "gather", ROWS[0], 2.5), (BF16, "gather", ROWS[0], 3.3)),
+    *((FP32, "gather", Shard(1), 3.0), (BF16, "gather", Shard(1), 3.8)),
 ]
 
 

@@ -1,6 +1,7 @@
 """Collectives over one group, each answering many requests with one call on a flat buffer.
 
-`axis` names the group; the pieces that a request means are those of its own axis.
+`axis` names the group; the pieces that a request means are those of its own axis. What communicates is a generator that
+pauses while a collective is on its way (`failures.Waiting`).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch.nn.functional import pad
 
 from ldadam_dist.layout import Axis
 from ldadam_dist.requests import Gather, ScatterSum, Send, Sum
-from ldadam_dist.runtime.failures import collective, complete
+from ldadam_dist.runtime.failures import Waiting, collective, complete, finish
 
 # Newer names of the same collectives, where torch has them: the old ones warn there.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -65,19 +66,19 @@ def _pad(tensor: Tensor, dim: Literal[-2, -1], extra: int) -> Tensor:
     return pad(tensor, (0, extra) if dim == -1 else (0, 0, 0, extra))
 
 
-def answer_sums(requests: Sequence[Sum], axis: Axis) -> list[Tensor]:
+def answer_sums(requests: Sequence[Sum], axis: Axis) -> Waiting[list[Tensor]]:
     """One all-reduce."""
     total = flat((q.tensor for q in requests), requests[0].tensor)
-    complete([partial(dist.all_reduce, total)], axis.group)
+    yield from complete([partial(dist.all_reduce, total)], axis.group)
     return unflat(total, (q.tensor.shape for q in requests))
 
 
-def answer_scatter_sums(requests: Sequence[ScatterSum], axis: Axis) -> list[Tensor]:
+def answer_scatter_sums(requests: Sequence[ScatterSum], axis: Axis) -> Waiting[list[Tensor]]:
     """One reduce-scatter."""
     parts = [split(q.tensor, -1, q.axis) for q in requests]
     outgoing = torch.cat([part.flatten(1) for part in parts], dim=1)
     mine = outgoing.new_zeros(outgoing.shape[1])
-    complete([partial(_reduce_scatter, mine, outgoing.view(-1))], axis.group)
+    yield from complete([partial(_reduce_scatter, mine, outgoing.view(-1))], axis.group)
     answers = []
     for q, padded in zip(requests, unflat(mine, (part.shape[1:] for part in parts)), strict=True):
         start, stop = q.axis.bounds(q.tensor.shape[-1])
@@ -85,7 +86,7 @@ def answer_scatter_sums(requests: Sequence[ScatterSum], axis: Axis) -> list[Tens
     return answers
 
 
-def answer_gathers(requests: Sequence[Gather], axis: Axis) -> list[Tensor]:
+def answer_gathers(requests: Sequence[Gather], axis: Axis) -> Waiting[list[Tensor]]:
     """One all-gather."""
     padded = []
     for q in requests:
@@ -94,7 +95,7 @@ def answer_gathers(requests: Sequence[Gather], axis: Axis) -> list[Tensor]:
         padded.append(_pad(q.tensor, q.dim, q.axis.pieces(q.length).longest - q.tensor.shape[q.dim]))
     mine = flat(padded, padded[0])
     whole = mine.new_zeros(axis.count, mine.numel())
-    complete([partial(_all_gather, whole.view(-1), mine)], axis.group)
+    yield from complete([partial(_all_gather, whole.view(-1), mine)], axis.group)
     sections = whole.split([part.numel() for part in padded], dim=1)
     return [
         join(section.unflatten(1, part.shape), q.dim, q.axis, q.length)
@@ -102,17 +103,19 @@ def answer_gathers(requests: Sequence[Gather], axis: Axis) -> list[Tensor]:
     ]
 
 
-def answer_sends(requests: Sequence[Send], axis: Axis) -> list[list[Tensor]]:
+def answer_sends(requests: Sequence[Send], axis: Axis) -> Waiting[list[list[Tensor]]]:
     """One all-to-all."""
     group_ranks = range(axis.count)
     outgoing = [[vector for q in requests for to, vector in q.outgoing if to == p] for p in group_ranks]
     lengths = [[length for q in requests for source, length in q.incoming if source == p] for p in group_ranks]
-    received = exchange(outgoing, [sum(each) for each in lengths], axis, requests[0].tensor)
+    received = yield from exchange(outgoing, [sum(each) for each in lengths], axis, requests[0].tensor)
     vectors = [iter(whole.split(each)) for whole, each in zip(received, lengths, strict=True)]
     return [[next(vectors[source]) for source, _ in q.incoming] for q in requests]
 
 
-def exchange(outgoing: Sequence[Sequence[Tensor]], sizes: Sequence[int], axis: Axis, like: Tensor) -> list[Tensor]:
+def exchange(
+    outgoing: Sequence[Sequence[Tensor]], sizes: Sequence[int], axis: Axis, like: Tensor
+) -> Waiting[list[Tensor]]:
     """One all-to-all: the tensors `outgoing[p]` go to group rank p, and a vector of `sizes[p]` comes from it."""
     # One element more goes from here to here: back-ends need not take a vector without any, and the fake one does not.
     sent, coming = [sum(t.numel() for t in tensors) for tensors in outgoing], list(sizes)
@@ -121,20 +124,20 @@ def exchange(outgoing: Sequence[Sequence[Tensor]], sizes: Sequence[int], axis: A
     parts = [[*tensors, like.new_zeros(1)] if p == axis.index else tensors for p, tensors in enumerate(outgoing)]
     received = like.new_zeros(sum(coming))
     outgoing_vector = flat((t for part in parts for t in part), like)
-    complete([partial(dist.all_to_all_single, received, outgoing_vector, coming, sent)], axis.group)
+    yield from complete([partial(dist.all_to_all_single, received, outgoing_vector, coming, sent)], axis.group)
     return [vector[:size] for vector, size in zip(received.split(coming), sizes, strict=True)]
 
 
-def reduce_to(vectors: dict[int, Tensor], axis: Axis) -> None:
+def reduce_to(vectors: dict[int, Tensor], axis: Axis) -> Waiting[None]:
     """Sum vector p, in place, on group rank p; on the others it is spoilt."""
     calls = [partial(dist.reduce, v, group_dst=p) for p, v in vectors.items() if v.numel()]
-    complete(calls, axis.group)
+    yield from complete(calls, axis.group)
 
 
-def broadcast_from(vectors: dict[int, Tensor], axis: Axis) -> None:
+def broadcast_from(vectors: dict[int, Tensor], axis: Axis) -> Waiting[None]:
     """Give everyone, in place, vector p of group rank p."""
     calls = [partial(dist.broadcast, v, group_src=p) for p, v in vectors.items() if v.numel()]
-    complete(calls, axis.group)
+    yield from complete(calls, axis.group)
 
 
 def agree(status: Tensor, group: Any, device: torch.device) -> Tensor:
@@ -146,7 +149,7 @@ def agree(status: Tensor, group: Any, device: torch.device) -> Tensor:
         device: where it communicates.
     """
     on_device = status.to(device)
-    complete([partial(dist.all_reduce, on_device, op=dist.ReduceOp.MAX)], group)
+    finish(complete([partial(dist.all_reduce, on_device, op=dist.ReduceOp.MAX)], group))
     return on_device.to(status.device)
 
 

@@ -10,15 +10,17 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 import torch.distributed as dist
+
+T = TypeVar("T")
 
 PERIOD = 1.0
 """Seconds that a rank waits in a collective before it looks whether another has given up, and again."""
@@ -63,22 +65,28 @@ class CollectiveError(RuntimeError):
 
 
 @contextmanager
-def collective(what: str, ranks: Callable[[], Iterable[int]]) -> Iterator[None]:
+def collective(what: str, ranks: Callable[[], Iterable[int]], entered: float | None = None) -> Iterator[None]:
     """Raise CollectiveError for what the back-end raises within.
 
     Args:
         what: name of the collective.
         ranks: gives the global ranks that take part.
+        entered: when this rank came to it, in seconds since the epoch; now, if not given.
     """
-    entered = time.time()
+    entered = time.time() if entered is None else entered
     try:
         yield
     except RuntimeError as error:
         raise CollectiveError(what, sorted(ranks()), entered, str(error)) from error
 
 
-def complete(calls: Sequence[partial[Any]], group: Any) -> None:
-    """Start collectives and wait for all of them.
+Waiting: TypeAlias = Generator[None, None, T]
+"""Work with collectives in it, which pauses once while each is on its way and then waits for it; `finish` gives its
+result."""
+
+
+def complete(calls: Sequence[partial[Any]], group: Any) -> Waiting[None]:
+    """Start collectives, pause, and wait for all of them. It pauses without any calls too: ranks may differ in that.
 
     Args:
         calls: functions of torch.distributed with all arguments but `group` and `async_op`, a tensor first.
@@ -87,15 +95,31 @@ def complete(calls: Sequence[partial[Any]], group: Any) -> None:
         CollectiveError: one failed, or another rank of the group has given up meanwhile.
     """
     if not calls:
+        yield
         return
-    with collective(calls[0].func.__name__, partial(dist.get_process_group_ranks, group)):
+    entered = time.time()
+    failing = partial(collective, calls[0].func.__name__, partial(dist.get_process_group_ranks, group), entered)
+    with failing():
+        works = [call(group=group, async_op=True) for call in calls]
+    yield
+    with failing():
         # With gloo the host waits anyway; a back-end that queues its work on a device must not be waited for here.
         watched = f"{calls[0].args[0].device.type}:gloo" in str(dist.get_backend_config(group))
-        for work in [call(group=group, async_op=watched or len(calls) > 1) for call in calls]:
+        for work in works:
             if watched:
                 _wait(work, group)
             elif work is not None:
                 work.wait()
+
+
+def finish(waiting: Waiting[T]) -> T:
+    """The result of work that may have paused before."""
+    while True:
+        try:
+            next(waiting)
+        except StopIteration as end:
+            result: T = end.value
+            return result
 
 
 def _wait(work: Any, group: Any) -> None:

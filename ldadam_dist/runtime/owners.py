@@ -17,6 +17,7 @@ from torch import Tensor
 from ldadam_dist.layout import WHOLE, Axis, Bounds, MatrixLayout, Part, Place
 from ldadam_dist.requests import Delegate, OnOwner
 from ldadam_dist.runtime.collectives import broadcast_from, exchange, flat, reduce_to, unflat
+from ldadam_dist.runtime.failures import Waiting
 
 Owned = dict[int, list[tuple[int, list[int]]]]
 """For each owner, in ascending order: (request number, its matrices in that request)."""
@@ -30,12 +31,14 @@ Parcels = dict[Parcel, list[Tensor]]
 
 def answer_delegates(
     requests: Sequence[Delegate], layouts: Sequence[MatrixLayout], owned: Owned
-) -> list[tuple[Tensor, ...]]:
+) -> Waiting[list[tuple[Tensor, ...]]]:
     """Parts to the owners, whole results cut up and sent back: an all-to-all each way for each cut dimension."""
-    return _at_owners(requests, layouts, owned, layouts[0].over_m, layouts[0].over_n)
+    return (yield from _at_owners(requests, layouts, owned, layouts[0].over_m, layouts[0].over_n))
 
 
-def answer_on_owners(requests: Sequence[OnOwner], layouts: Sequence[MatrixLayout], owned: Owned) -> list[Tensor]:
+def answer_on_owners(
+    requests: Sequence[OnOwner], layouts: Sequence[MatrixLayout], owned: Owned
+) -> Waiting[list[Tensor]]:
     """Sums reduced into the owner's column, rows to the owner and back, results broadcast from that column."""
     like, over_m, over_n = requests[0].tensor, layouts[0].over_m, layouts[0].over_n
     columns: dict[int, Owned] = {}
@@ -54,7 +57,7 @@ def answer_on_owners(requests: Sequence[OnOwner], layouts: Sequence[MatrixLayout
     sums = [q.tensor for q in requests]
     if over_n.count > 1:
         vectors = {j: every(sums, column) for j, column in columns.items()}
-        reduce_to(vectors, over_n)
+        yield from reduce_to(vectors, over_n)
         sums = [torch.zeros_like(tensor) for tensor in sums]
         if over_n.index in columns:
             fill(sums, columns[over_n.index], vectors[over_n.index])
@@ -70,12 +73,12 @@ def answer_on_owners(requests: Sequence[OnOwner], layouts: Sequence[MatrixLayout
             )
             for q, layout, total in zip(requests, layouts, sums, strict=True)
         ]
-        answers = _at_owners(delegates, layouts, columns[over_n.index], over_m, WHOLE)
+        answers = yield from _at_owners(delegates, layouts, columns[over_n.index], over_m, WHOLE)
         results = [answer for (answer,) in answers]
 
     if over_n.count > 1:
         vectors = {j: every(results, column) for j, column in columns.items()}
-        broadcast_from(vectors, over_n)
+        yield from broadcast_from(vectors, over_n)
         for j, vector in vectors.items():
             fill(results, columns[j], vector)
     return results
@@ -83,7 +86,7 @@ def answer_on_owners(requests: Sequence[OnOwner], layouts: Sequence[MatrixLayout
 
 def _at_owners(
     requests: Sequence[Delegate], layouts: Sequence[MatrixLayout], owned: Owned, over_m: Axis, over_n: Axis
-) -> list[tuple[Tensor, ...]]:
+) -> Waiting[list[tuple[Tensor, ...]]]:
     """Answer requests about matrices cut over `over_m` and `over_n`, whose owner is i · over_n.count + j."""
     like, here = requests[0].tensors[0], (over_m.index, over_n.index)
     me = over_m.index * over_n.count + over_n.index
@@ -103,7 +106,7 @@ def _at_owners(
         (owner, here): [t[chosen] for i, chosen in matrices for t in requests[i].tensors]
         for owner, matrices in owned.items()
     }
-    parcels = route.go(parcels, lambda parcel: sum(map(prod, shapes(parcel, False))))
+    parcels = yield from route.go(parcels, lambda parcel: sum(map(prod, shapes(parcel, False))))
 
     # On the owner.
     wholes = [[like.new_zeros(len(b), part.rows, part.columns) for part in requests[i].parts] for i, b in mine]
@@ -121,7 +124,7 @@ def _at_owners(
             for (i, _), results in zip(mine, solved, strict=True)
             for part, whole in zip(requests[i].returns, results, strict=True)
         ]
-    parcels = route.come_back(parcels, lambda parcel: sum(map(prod, shapes(parcel, True))))
+    parcels = yield from route.come_back(parcels, lambda parcel: sum(map(prod, shapes(parcel, True))))
     answers = [
         tuple(like.new_zeros(len(q.tensors[0]), *_extent(layout.bounds(part, here))) for part in q.returns)
         for q, layout in zip(requests, layouts, strict=True)
@@ -153,15 +156,15 @@ class _Route:
     owners: list[int]
     like: Tensor
 
-    def go(self, parcels: Parcels, size: Callable[[Parcel], int]) -> Parcels:
+    def go(self, parcels: Parcels, size: Callable[[Parcel], int]) -> Waiting[Parcels]:
         """From the processes to the owners; `size` is the number of elements of any parcel."""
-        parcels = self._hop(parcels, size, _AT_PLACE, _IN_COLUMN)
-        return self._hop(parcels, size, _IN_COLUMN, _AT_OWNER)
+        parcels = yield from self._hop(parcels, size, _AT_PLACE, _IN_COLUMN)
+        return (yield from self._hop(parcels, size, _IN_COLUMN, _AT_OWNER))
 
-    def come_back(self, parcels: Parcels, size: Callable[[Parcel], int]) -> Parcels:
+    def come_back(self, parcels: Parcels, size: Callable[[Parcel], int]) -> Waiting[Parcels]:
         """From the owners to the processes."""
-        parcels = self._hop(parcels, size, _AT_OWNER, _IN_COLUMN)
-        return self._hop(parcels, size, _IN_COLUMN, _AT_PLACE)
+        parcels = yield from self._hop(parcels, size, _AT_OWNER, _IN_COLUMN)
+        return (yield from self._hop(parcels, size, _IN_COLUMN, _AT_PLACE))
 
     def held(self, stage: int) -> list[Parcel]:
         """The parcels that are here at a stage, in an order that sender and receiver share."""
@@ -180,7 +183,7 @@ class _Route:
         row, column = divmod(owner, self.over_n.count)
         return (place, (place[0], column), (row, column))[stage]
 
-    def _hop(self, parcels: Parcels, size: Callable[[Parcel], int], old: int, new: int) -> Parcels:
+    def _hop(self, parcels: Parcels, size: Callable[[Parcel], int], old: int, new: int) -> Waiting[Parcels]:
         dim, axis = (0, self.over_m) if _AT_OWNER in (old, new) else (1, self.over_n)
         if axis.count == 1:
             return parcels
@@ -191,7 +194,7 @@ class _Route:
         for parcel in self.held(new):
             coming[self._at(parcel, old)[dim]].append(parcel)
         sizes = [[size(parcel) for parcel in some] for some in coming]
-        received = exchange(outgoing, [sum(some) for some in sizes], axis, self.like)
+        received = yield from exchange(outgoing, [sum(some) for some in sizes], axis, self.like)
         return {
             parcel: [vector]
             for some, vectors, each in zip(coming, received, sizes, strict=True)

@@ -18,6 +18,7 @@ from ldadam_dist.layout import Axis, MatrixLayout
 from ldadam_dist.requests import Delegate, Exchange, Gather, OnOwner, Request, ScatterSum, Send, Sum, alone
 from ldadam_dist.runtime.collectives import answer_gathers, answer_scatter_sums, answer_sends, answer_sums
 from ldadam_dist.runtime.cores import side_by_side
+from ldadam_dist.runtime.failures import Waiting, finish
 from ldadam_dist.runtime.owners import Owned, answer_delegates, answer_on_owners
 
 
@@ -39,8 +40,21 @@ class Job:
     start: Callable[[], Exchange]
 
 
-def run(jobs: Iterable[Job]) -> None:
-    """Run the jobs of one window: those of shared matrices together.
+def run(windows: Iterable[Iterable[Job]]) -> None:
+    """Run the jobs of windows side by side: while the collectives of one are on their way, the next computes.
+
+    They take turns, one round each. So the order of their collectives does not depend on which are done first.
+    """
+    running = [_rounds(jobs) for jobs in windows]
+    while running:
+        running = [window for window in running if next(window, _ENDED) is not _ENDED]
+
+
+_ENDED = object()
+
+
+def _rounds(jobs: Iterable[Job]) -> Waiting[None]:
+    """Run the jobs of one window: those of shared matrices together. Pauses once a round.
 
     A job that asks nobody runs by itself: its matrix is then still in the cache from one product to the next.
     """
@@ -60,10 +74,10 @@ def run(jobs: Iterable[Job]) -> None:
         for i, answer in answers.items():
             with suppress(StopIteration):
                 asked[i] = exchanges[i].send(answer)
-        answers = _answer(shared, asked)
+        answers = yield from _answer(shared, asked)
 
 
-_OVER_ONE_GROUP: dict[type, Callable[..., Sequence[Any]]] = {
+_OVER_ONE_GROUP: dict[type, Callable[..., Waiting[Sequence[Any]]]] = {
     Sum: answer_sums,
     ScatterSum: answer_scatter_sums,
     Gather: answer_gathers,
@@ -71,8 +85,11 @@ _OVER_ONE_GROUP: dict[type, Callable[..., Sequence[Any]]] = {
 }
 
 
-def _answer(jobs: Sequence[Job], asked: dict[int, Request]) -> dict[int, Any]:
-    """Answers by job number. What needs nobody else is answered at once; the rest is grouped into collectives."""
+def _answer(jobs: Sequence[Job], asked: dict[int, Request]) -> Waiting[dict[int, Any]]:
+    """Answers by job number. What needs nobody else is answered at once; the rest is grouped into collectives.
+
+    Pauses exactly once, when the first collective of each group is on its way: how many follow depends on the rank.
+    """
     answers: dict[int, Any] = dict.fromkeys(asked)  # keeps the jobs' order
     together: dict[tuple[Any, ...], list[int]] = {}
     for i, request in asked.items():
@@ -86,15 +103,20 @@ def _answer(jobs: Sequence[Job], asked: dict[int, Request]) -> dict[int, Any]:
             tensor = request.tensors[0] if isinstance(request, Delegate) else request.tensor
             groups = (axis.group for axis in axes)
             together.setdefault((type(request), tensor.dtype, *groups), []).append(i)
+    under_way: list[tuple[list[int], Waiting[Sequence[Any]]]] = []
     for (kind, *_), members in together.items():
         requests: list[Any] = [asked[i] for i in members]
         layouts = [jobs[i].layout for i in members]
         if kind in _OVER_ONE_GROUP:
-            results: Sequence[Any] = _OVER_ONE_GROUP[kind](requests, requests[0].axis)
+            answering = _OVER_ONE_GROUP[kind](requests, requests[0].axis)
         else:
             owned = _owned([jobs[i] for i in members])
-            results = (answer_on_owners if kind is OnOwner else answer_delegates)(requests, layouts, owned)
-        answers.update(zip(members, results, strict=True))
+            answering = (answer_on_owners if kind is OnOwner else answer_delegates)(requests, layouts, owned)
+        next(answering)
+        under_way.append((members, answering))
+    yield
+    for members, answering in under_way:
+        answers.update(zip(members, finish(answering), strict=True))
     return answers
 
 
