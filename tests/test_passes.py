@@ -1,4 +1,4 @@
-"""How often a step goes over the elements of a matrix, and what it makes of that size: counted, operator by operator."""
+"""How often a step goes over the elements of a matrix, and what it makes of that size: counted by operator."""
 
 from __future__ import annotations
 
