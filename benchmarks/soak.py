@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.step_time import hardware
+from benchmarks.common import hardware
 from ldadam_dist import LDAdamW, build_param_groups
 
 RUNS: dict[str, tuple[torch.dtype, str | None]] = {

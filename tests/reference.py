@@ -25,16 +25,17 @@ class Reference:
     rho: float = 0.908
     proj_method: str = "power_iteration"
     error_feedback: bool = True
+    dtype: torch.dtype = torch.float64
 
     def __post_init__(self) -> None:
-        self.weight = self.weight.double().clone()
+        self.weight = self.weight.to(self.dtype).clone()
         self.error = torch.zeros_like(self.weight)
         self.t = 0
 
     def step(self, grad: Tensor) -> None:
         self.t += 1
         t, (beta1, beta2), r = self.t, self.betas, self.rank
-        A = grad.double() + self.error
+        A = grad.to(self.dtype) + self.error
         if not self.left:
             A = A.T
         if t == 1:
