@@ -135,11 +135,13 @@ class Options:
         return found
 
 
-def parser(doc: str | None, script: str) -> argparse.ArgumentParser:
-    """A command line with what every benchmark takes: --device, --dtype, --scale and --out."""
+def parser(doc: str | None, script: str, device: bool = True) -> argparse.ArgumentParser:
+    """A command line with what every benchmark takes: --scale, --out and, where there is a choice, --device and --dtype."""
     found = argparse.ArgumentParser(prog=f"python benchmarks/{script}.py", description=(doc or "").partition("\n")[0])
-    found.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:1")
-    found.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of weights and gradients")
+    if device:
+        default = "cuda" if torch.cuda.is_available() else "cpu"
+        found.add_argument("--device", default=default, help="cpu, cuda or cuda:1")
+        found.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of weights, gradients")
     found.add_argument("--scale", type=int, default=1, help="divides all extents of the model: a small stand-in")
     found.add_argument("--out", type=Path, help=f"folder for {script}.md and {script}.json")
     return found
