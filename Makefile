@@ -16,7 +16,7 @@ INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help venv install install-dev pretrain pretrain-deepspeed test test-slow test-gpu lint format types constraints clean
+.PHONY: help venv install install-dev pretrain pretrain-deepspeed test test-slow test-gpu bench-cpu bench-gpu lint format types constraints clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -63,6 +63,35 @@ test-slow: $(INSTALLED)  ## the tests marked slow
 # those of constraints.txt, so their deprecation warnings are shown, not raised. tests/launch needs more to be read.
 test-gpu:  ## the tests marked gpu, with PYTHON as it is
 	$(PYTHON) -m pytest -m gpu -W default --ignore tests/launch tests $(ARGS)
+
+# BENCH_ARGS='--scale 32' RANKS='4 8' are for a look at whether everything runs: on a small model, DEVICE=cpu for bench-gpu.
+BENCH_ARGS ?=
+RANKS ?= $(if $(filter bench-gpu,$(MAKECMDGOALS)),32 256,16 128)
+DEVICE ?= cuda
+BENCH_CPU := runs/bench/cpu
+BENCH_GPU := runs/bench/gpu
+
+bench-cpu: $(INSTALLED)  ## all benchmarks on the CPU, in ten minutes on two cores, to runs/bench/cpu
+	$(RUN) benchmarks/step_time.py --device cpu --ranks $(RANKS) --steps 20 --out $(BENCH_CPU) $(BENCH_ARGS)
+	$(RUN) benchmarks/first_step.py --device cpu --scale 4 --ranks $(RANKS) --out $(BENCH_CPU) $(BENCH_ARGS)
+	$(RUN) benchmarks/memory.py --device cpu --ranks $(lastword $(RANKS)) --out $(BENCH_CPU) $(BENCH_ARGS)
+	$(RUN) benchmarks/scaling.py --rank $(lastword $(RANKS)) --out $(BENCH_CPU) $(BENCH_ARGS)
+	$(RUN) benchmarks/where_time_goes.py --device cpu --rank $(lastword $(RANKS)) --out $(BENCH_CPU) $(BENCH_ARGS)
+	$(RUN) benchmarks/wire.py --out $(BENCH_CPU)
+
+# Like test-gpu with any interpreter that has torch >= 2.7 and transformers; other projects' optimizers if they are there.
+# Eight of the 24 layers of the 1B model have its shapes, and leave memory for all that step in turn.
+STEP_TIME = $(PYTHON) benchmarks/step_time.py --device $(DEVICE) --ranks $(RANKS) --steps 10 --warmup 3
+bench-gpu:  ## benchmarks for one GPU, in ten minutes, to runs/bench/gpu
+	$(STEP_TIME) --model llama-1b --layers 8 --dtype bfloat16 --out $(BENCH_GPU)/1b-bfloat16 $(BENCH_ARGS)
+	$(STEP_TIME) --model llama-1b --layers 8 --dtype float32 --out $(BENCH_GPU)/1b-float32 $(BENCH_ARGS)
+	$(STEP_TIME) --model 7b-layer --dtype bfloat16 --out $(BENCH_GPU)/7b-layer-bfloat16 $(BENCH_ARGS)
+	$(STEP_TIME) --model 7b-layer --dtype float32 --out $(BENCH_GPU)/7b-layer-float32 $(BENCH_ARGS)
+	$(PYTHON) benchmarks/memory.py --device $(DEVICE) --model llama-1b --dtype bfloat16 --ranks $(lastword $(RANKS)) \
+	    --out $(BENCH_GPU) $(BENCH_ARGS)
+	$(PYTHON) benchmarks/first_step.py --device $(DEVICE) --ranks $(RANKS) --out $(BENCH_GPU) $(BENCH_ARGS)
+	$(PYTHON) benchmarks/where_time_goes.py --device $(DEVICE) --model llama-1b --layers 8 \
+	    --rank $(lastword $(RANKS)) --out $(BENCH_GPU) $(BENCH_ARGS)
 
 lint: $(INSTALLED_DEV)  ## ruff, and shellcheck for the launch scripts
 	$(RUN) -m ruff check .

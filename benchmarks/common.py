@@ -50,8 +50,8 @@ class Llama:
     embeddings: bool = True
 
     @classmethod
-    def named(cls, name: str, scale: int = 1) -> Llama:
-        """One of `MODELS`, with every extent divided by `scale`."""
+    def named(cls, name: str, scale: int = 1, layers: int | None = None) -> Llama:
+        """One of `MODELS`, with so many layers, and then every extent divided by `scale`."""
         config = json.loads((ROOT / "configs" / "models" / f"{MODELS[name]}.json").read_text())
         found = cls(
             name,
@@ -63,12 +63,14 @@ class Llama:
         )
         if name.endswith("-layer"):
             found = replace(found, layers=1, embeddings=False)
+        if layers is not None:
+            found = replace(found, name=f"{name}, {layers} layers", layers=layers)
         if scale == 1:
             return found
         heads = max(1, found.heads // scale)
         return replace(
             found,
-            name=f"{name} ÷ {scale}",
+            name=f"{found.name} ÷ {scale}",
             hidden=max(1, found.hidden // scale // (2 * heads)) * 2 * heads,  # rotary embeddings want even heads
             intermediate=max(4, found.intermediate // scale),
             heads=heads,
@@ -136,13 +138,14 @@ class Options:
 
 
 def parser(doc: str | None, script: str, device: bool = True) -> argparse.ArgumentParser:
-    """A command line with what every benchmark takes: --scale, --out and, where there is a choice, --device and --dtype."""
+    """A command line with what every benchmark takes; --device and --dtype where there is a choice."""
     found = argparse.ArgumentParser(prog=f"python benchmarks/{script}.py", description=(doc or "").partition("\n")[0])
     if device:
         default = "cuda" if torch.cuda.is_available() else "cpu"
         found.add_argument("--device", default=default, help="cpu, cuda or cuda:1")
         found.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of weights, gradients")
     found.add_argument("--scale", type=int, default=1, help="divides all extents of the model: a small stand-in")
+    found.add_argument("--layers", type=int, help="take so many layers of it only")
     found.add_argument("--out", type=Path, help=f"folder for {script}.md and {script}.json")
     return found
 
@@ -183,15 +186,16 @@ class Report:
         result: what goes to the JSON file.
     """
 
-    def __init__(self, name: str, argv: Sequence[str] | None, device: torch.device, dtype: str) -> None:
+    def __init__(self, name: str, argv: Sequence[str] | None, device: torch.device, dtype: str | None) -> None:
         self.name = name
         given = sys.argv[1:] if argv is None else argv
         self.facts = {
-            "device": hardware(device),
-            "dtype": f"{dtype}, float32 products at precision {torch.get_float32_matmul_precision()!r}",
-            "versions": f"torch {torch.__version__}, Python {platform.python_version()}",
             "command": f"`{shlex.join(['python', f'benchmarks/{name}.py', *given])}`",
+            "device": hardware(device),
+            "versions": f"torch {torch.__version__}, Python {platform.python_version()}",
         }
+        if dtype:
+            self.facts["dtype"] = f"{dtype}, float32 products at precision {torch.get_float32_matmul_precision()!r}"
         self.result: dict[str, Any] = {"facts": self.facts}
         self._load = load()
         self._lines: list[str] = []

@@ -150,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Measure, print the table, and return what goes to the JSON file."""
     args = parse(argv)
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
-    model = Llama.named(args.model, args.scale)
+    model = Llama.named(args.model, args.scale, args.layers)
     report = Report("first_step", argv, device, args.dtype)
     report.facts["model"] = model.name
     report.facts["repeats"] = f"up to {args.repeats} first steps, {args.steps} ordinary ones"
@@ -159,7 +159,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     shapes = list({tuple(sorted(shape)): shape for _, shape in reversed(model.matrices)}.values())[::-1]
     for init, rank in kinds:  # libraries that start with their first use
         measure((2 * rank, 2 * rank), rank, init, device, dtype, 1, 1)
-    rows = [measure(shape, rank, init, device, dtype, args.repeats, args.steps) for shape in shapes for init, rank in kinds]
+    rows = [
+        measure(shape, rank, init, device, dtype, args.repeats, args.steps) for shape in shapes for init, rank in kinds
+    ]
     header = (
         *("matrix", "rank", "projector_init", "first step, ms", "first projector", "states", "rest"),
         *("ordinary step, ms", "first ÷ ordinary"),

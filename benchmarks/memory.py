@@ -2,14 +2,14 @@
 
     python benchmarks/memory.py --model llama-60m --ranks 128 --out runs/bench
 
-A Llama of the model's shapes trains on random tokens for three steps; `in a step` is of those after the first, what a
-step needs above what there was before it, and `in training` is the peak of all three iterations. On CUDA the figures are
-those of torch's caching allocator (`torch.cuda.max_memory_allocated`). On a CPU they are the running sum of the
-allocations and frees that torch's profiler records, which sees every block that torch's allocator hands out, also what
-an operator needs within itself; what BLAS and LAPACK take by themselves is in neither. States are counted as they lie
-in memory, each storage once, without step counts. `left in grad` is what `zero_grad()` leaves there: with
-error_in_grad=True the error. The second table needs no weights: bytes of state by the parameters' shapes alone, as
-`LDAdamW.placement()` tells them on the meta device.
+A Llama of the model's shapes trains on random tokens for three steps. `in a step` is what one after the first needs
+above what there was before it; `in training` is the peak of all three iterations. On CUDA the figures are those of
+torch's caching allocator (`torch.cuda.max_memory_allocated`). On a CPU they are the running sum of the allocations and
+frees that torch's profiler records, which sees every block that torch's allocator hands out, also what an operator
+needs within itself; what BLAS and LAPACK take by themselves is in neither. States are counted as they lie in memory,
+each storage once, without step counts. `left in grad` is what `zero_grad()` leaves there: with error_in_grad=True the
+error. The second table needs no weights: bytes of state by the parameters' shapes alone, as `LDAdamW.placement()` tells
+them on the meta device.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ class Meter:
 
 
 def storages(value: Any) -> Iterator[tuple[int, int]]:
-    """(address, bytes) of the storages of all tensors in a state; step counts, which have no dimension, are left out."""
+    """(address, bytes) of the storages of all tensors in a state, without step counts, which have no dimension."""
     if isinstance(value, dict):
         value = list(value.values())
     if isinstance(value, list | tuple):
@@ -255,7 +255,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Measure, print the tables, and return what goes to the JSON file."""
     args = parse(argv)
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
-    shapes = Llama.named(args.model, args.scale)
+    shapes = Llama.named(args.model, args.scale, args.layers)
     report = Report("memory", argv, device, args.dtype)
     report.facts["model"] = f"{shapes.name}, {shapes.parameters:,} parameters, {args.batch} × {args.length} tokens"
     with warnings.catch_warnings():
@@ -268,7 +268,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         *("in training", "of AdamW"),
     )
     report.table(header, [cells(row, shapes.parameters, baseline) for row in rows])
-    models = [Llama.named(name, args.scale) for name in args.shapes]
+    models = [Llama.named(name, args.scale, args.layers) for name in args.shapes]
     asked = variants(args.options)[1:]
     lines, found = shapes_table(models, args.shape_ranks or args.ranks, asked, dtype)
     header = ("model", "parameters", "optimizer", "states", "bytes a parameter")

@@ -176,7 +176,9 @@ def on_a_rank(setting: Setting) -> dict[str, Any]:
 def real(setting: Setting, processes: int) -> Row:
     """Measure with real processes."""
     found = run_ranks(processes, on_a_rank, setting, timeout=600.0)
-    slowest = [[max(times) for times in zip(*one, strict=True)] for one in zip(*(f["times"] for f in found), strict=True)]
+    slowest = [
+        [max(times) for times in zip(*one, strict=True)] for one in zip(*(f["times"] for f in found), strict=True)
+    ]
     most = {key: max(rank[key] for rank in found) for key in ("sent", "calls", "states", "adamw_states")}
     return Row(
         setting.kind,
@@ -220,7 +222,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rank", type=int, default=128, help="of the projection")
     parser.add_argument("--options", type=Options.parse, default=Options(""), help="LDAdamW's, as communication=gather")
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS, help="of meshes")
-    parser.add_argument("--processes", type=int, nargs="*", default=[1, 2, 4], help="real ones; hsdp takes even numbers")
+    parser.add_argument(
+        "--processes", type=int, nargs="*", default=[1, 2, 4], help="real ones; hsdp takes even numbers"
+    )
     parser.add_argument("--fake", type=int, nargs="*", default=[8, 64, 256], help="numbers of ranks in fake worlds")
     parser.add_argument("--steps", type=int, default=5, help="rounds that count")
     parser.add_argument("--warmup", type=int, default=2, help="rounds before them, after the first")
@@ -230,7 +234,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Measure, print the table, and return what goes to the JSON file."""
     args = parse(argv)
-    model = Llama.named(args.model, args.scale)
+    model = Llama.named(args.model, args.scale, args.layers)
     report = Report("scaling", argv, torch.device("cpu"), "float32")
     report.facts["model"] = f"{model.name}: {common.in_words(model.matrices)}"
     report.facts["optimizer"] = f"LDAdamW, rank {args.rank}{args.options.text and ', ' + args.options.text}"

@@ -208,7 +208,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--steps", type=int, default=30, help="rounds that count")
     parser.add_argument("--warmup", type=int, default=5, help="rounds before them")
-    parser.add_argument("--precision", default="highest", choices=["highest", "high", "medium"], help="of float32 products")
+    parser.add_argument(
+        "--precision", default="highest", choices=["highest", "high", "medium"], help="of float32 products"
+    )
     return parser.parse_args(argv)
 
 
@@ -217,7 +219,7 @@ def main(argv: Sequence[str] | None = None, shapes: Shapes | None = None) -> dic
     args = parse(argv)
     torch.set_float32_matmul_precision(args.precision)
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
-    model = Llama.named(args.model, args.scale)
+    model = Llama.named(args.model, args.scale, args.layers)
     matrices: Shapes = model.matrices if shapes is None else shapes
     others: Shapes = model.others if args.whole else ()
     report = Report("step_time", argv, device, args.dtype)

@@ -44,7 +44,15 @@ from benchmarks import common, scaling
 from benchmarks.common import MODELS, Llama, Options, Report, each, normal, synchronize
 from ldadam_dist import LDAdamW
 
-KINDS = ("products over m×n", "small products", "orthonormalisation", "element-wise", "collectives", "Python", "waiting")
+KINDS = (
+    "products over m×n",
+    "small products",
+    "orthonormalisation",
+    "element-wise",
+    "collectives",
+    "Python",
+    "waiting",
+)
 PRODUCTS = ("mm", "bmm", "addmm", "addmm_", "baddbmm", "baddbmm_")
 STEP, WHOLE = "a step", "a matrix on its owner"
 ORTHONORMALISATION, COLLECTIVES = KINDS[2], KINDS[4]
@@ -80,7 +88,7 @@ def named_scopes() -> Iterator[None]:
 
 
 def record(
-    optimizer: LDAdamW, give: Callable[[], None], device: torch.device, steps: int, warmup: int, trace: Path | None
+    optimizer: Any, give: Callable[[], None], device: torch.device, steps: int, warmup: int, trace: Path | None
 ) -> tuple[Any, list[float]]:
     """Profile some steps.
 
@@ -206,11 +214,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Profile, print the table, write the trace, and return what goes to the JSON file."""
     args = parse(argv)
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
-    model = Llama.named(args.model, args.scale)
+    model = Llama.named(args.model, args.scale, args.layers)
     report = Report("where_time_goes", argv, device, args.dtype)
     report.facts["model"] = f"{model.name}: {common.in_words(model.matrices)}"
     report.facts["optimizer"] = f"LDAdamW, rank {args.rank}{args.options.text and ', ' + args.options.text}"
-    report.facts["processes"] = f"{args.processes}" + (", fsdp over gloo, the first of them" if args.processes > 1 else "")
+    report.facts["processes"] = f"{args.processes}" + (
+        ", fsdp over gloo, the first of them" if args.processes > 1 else ""
+    )
     trace = None
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)

@@ -2,17 +2,29 @@
 
     python benchmarks/wire.py --shape 4096 4096 --ranks 32 128 512 --processes 8 64 256
 
-Prints Markdown. It needs no process group and no hardware: the counts follow from the layout, and tests/test_wire.py
-holds them to what `ldadam_dist.Traffic` counts. What FSDP2 and DDP move themselves is left out.
+It needs no process group and no hardware: the counts follow from the layout, and tests/test_wire.py holds them to what
+`ldadam_dist.Traffic` counts. What FSDP2 and DDP move themselves is left out.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
+# Run as a file, Python looks for modules in benchmarks/ alone: name the repository as well.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from benchmarks.common import Report
 from ldadam_dist.costs import choose_communication, wire_elements
 from ldadam_dist.layout import Axis, MatrixLayout
 from ldadam_dist.plan import WINDOW_ELEMENTS
+
+HOW = ("lowrank", "gather")
 
 
 def layouts(m: int, n: int, rank: int, processes: int) -> dict[str, MatrixLayout]:
@@ -25,24 +37,40 @@ def layouts(m: int, n: int, rank: int, processes: int) -> dict[str, MatrixLayout
     }
 
 
-def main() -> None:
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--shape", type=int, nargs=2, default=(4096, 4096), help="projected and kept dimension")
     parser.add_argument("--ranks", type=int, nargs="+", default=[32, 128, 512], help="ranks of the projection")
     parser.add_argument("--processes", type=int, nargs="+", default=[8, 64, 256])
-    args = parser.parse_args()
+    parser.add_argument("--out", type=Path, help="folder for wire.md and wire.json")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Count, print the table, and return what goes to the JSON file."""
+    args = parse(argv)
     m, n = args.shape
-    print(f"A {m} × {n} matrix ({m * n:,} elements); in millions of elements a rank and step, * what auto takes\n")
-    print("| layout | r | processes | lowrank | gather |\n|---|---|---|---|---|")
+    report = Report("wire", argv, torch.device("cpu"), None)
+    report.facts["matrix"] = f"{m} × {n}, {m * n:,} elements"
+    report.lines(["In millions of elements a rank and step; * what auto takes."])
+    rows: list[dict[str, Any]] = []
     for rank in args.ranks:
         for processes in args.processes:
             for name, layout in layouts(m, n, rank, processes).items():
-                chosen = choose_communication(layout, "auto", WINDOW_ELEMENTS)
-                cells = (
-                    f"{wire_elements(layout, how) / 1e6:.2f}{' *' if how == chosen else ''}"
-                    for how in ("lowrank", "gather")
-                )
-                print(f"| {name} | {rank} | {processes} | {' | '.join(cells)} |")
+                counts = {how: wire_elements(layout, how) for how in HOW}
+                auto = choose_communication(layout, "auto", WINDOW_ELEMENTS)
+                rows.append({"layout": name, "rank": rank, "processes": processes, "auto": auto, **counts})
+    lines = (
+        [
+            *(row["layout"], str(row["rank"]), str(row["processes"])),
+            *(f"{row[how] / 1e6:.2f}{' *' if how == row['auto'] else ''}" for how in HOW),
+        ]
+        for row in rows
+    )
+    report.table(("layout", "r", "processes", *HOW), lines)
+    report.result["rows"] = rows
+    return report.write(args.out)
 
 
 if __name__ == "__main__":
