@@ -45,7 +45,7 @@ class Contender:
         gap: its first step's work recurs every so many steps; None if it never does.
         yardstick: SIX_PRODUCTS or AUTHORS_WAY if it is one of these, which learn nothing; else empty.
         ldadam: whether the yardsticks of its rank are for it.
-        error_in_grad: whether the gradients of matrices must be added to what it leaves in `grad`.
+        error_in_grad: whether only a backward pass may set its gradients, as errors are in them.
     """
 
     name: str
@@ -57,21 +57,14 @@ class Contender:
     error_in_grad: bool = False
 
 
-def give(contender: Contender, matrices: Sequence[nn.Parameter], others: Sequence[nn.Parameter], grads: Any) -> None:
-    """Set the gradients as a backward pass does; where the error is in them they are added, else only referred to.
-
-    Args:
-        contender: who steps the parameters.
-        matrices, others: its parameters.
-        grads: for each of both, in their order.
-    """
-    for i, (param, grad) in enumerate(zip((*matrices, *others), grads, strict=True)):
-        if not contender.error_in_grad or i >= len(matrices):
-            param.grad = grad
-        elif param.grad is None:
-            param.grad = grad.clone()
-        else:
-            param.grad.add_(grad)
+def give(optimizer: Optimizer, params: Sequence[Tensor], grads: Sequence[Tensor], backward: bool = False) -> None:
+    """Set the gradients of parameters, in their order: only referred to, or accumulated by a backward pass."""
+    if backward:
+        optimizer.zero_grad()
+        torch.autograd.backward(params, grads)
+        return
+    for param, grad in zip(params, grads, strict=True):
+        param.grad = grad
 
 
 # Others' optimizers
@@ -117,7 +110,8 @@ def failure(contender: Contender, device: torch.device, dtype: torch.dtype) -> s
         others = [nn.Parameter(w) for w in normal([(side,)], 0.02, device, dtype)]
         optimizer = contender.build(matrices, others)
         for _ in range(2):
-            give(contender, matrices, others, normal([(side, side), (side,)], 0.01, device, dtype))
+            grads = normal([(side, side), (side,)], 0.01, device, dtype)
+            give(optimizer, [*matrices, *others], grads, contender.error_in_grad)
             optimizer.step()
     except Exception as error:  # whatever another's package, or another version of this one, does
         return _one_line(error)

@@ -40,6 +40,7 @@ from torch.optim import AdamW
 
 from benchmarks import common
 from benchmarks.common import MODELS, Llama, Options, Report, each
+from benchmarks.contenders import give
 from ldadam_dist import LDAdamW, Traffic
 from ldadam_dist.tables import format_bytes
 
@@ -124,14 +125,16 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def give(params: Sequence[nn.Parameter]) -> None:
-    """New gradients, cut as their parameters."""
+def gradients(params: Sequence[nn.Parameter]) -> list[Tensor]:
+    """New ones, cut as their parameters."""
+    found = []
     for param in params:
         data = param.detach()
         grad = torch.randn_like(local(data)) * 1e-2
         if isinstance(data, DTensor):
             grad = sharded(grad, data.shape, data.device_mesh, data.placements)
-        param.grad = grad
+        found.append(grad)
+    return found
 
 
 def held(optimizer: torch.optim.Optimizer) -> int:
@@ -140,16 +143,21 @@ def held(optimizer: torch.optim.Optimizer) -> int:
     return sum(t.numel() * t.element_size() for t in states)
 
 
-def build(setting: Setting, device: str = "cpu") -> tuple[list[nn.Parameter], LDAdamW]:
-    """The parameters, and LDAdamW for them."""
+def build(setting: Setting, device: str = "cpu") -> tuple[list[nn.Parameter], LDAdamW, Callable[[], None]]:
+    """The parameters, LDAdamW for them, and what gives them new gradients."""
     params = parameters(setting, device)
     group = {"process_group": dist.group.WORLD} if setting.kind == "ddp" else {}
-    return params, LDAdamW(params, rank=setting.rank, **group, **setting.options)
+    optimizer = LDAdamW(params, rank=setting.rank, **group, **setting.options)
+
+    def give_gradients() -> None:
+        give(optimizer, params, gradients(params), bool(setting.options.get("error_in_grad")))
+
+    return params, optimizer, give_gradients
 
 
 def on_a_rank(setting: Setting) -> dict[str, Any]:
     """On a real rank: milliseconds of every round, and what was sent and is held."""
-    params, optimizer = build(setting)
+    params, optimizer, give_gradients = build(setting)
     twins = [nn.Parameter(local(param.detach()).clone()) for param in params]
     adamw = AdamW(twins, fused=True)
 
@@ -161,12 +169,11 @@ def on_a_rank(setting: Setting) -> dict[str, Any]:
 
     times: list[tuple[float, float]] = []
     for _ in range(1 + setting.warmup + setting.steps):
-        give(params)
-        for twin, param in zip(twins, params, strict=True):
-            assert param.grad is not None
-            twin.grad = local(param.grad)
+        give_gradients()
+        for twin, grad in zip(twins, gradients(params), strict=True):
+            twin.grad = local(grad)
         times.append((timed(optimizer.step), timed(adamw.step)))
-    give(params)
+    give_gradients()
     with Traffic() as traffic:
         optimizer.step()
     sent = {"sent": traffic.bytes, "calls": traffic.calls}
@@ -198,7 +205,7 @@ def fake(setting: Setting, processes: int) -> Row:
     for number in sorted({0, processes // 2, processes - 1}):
         dist.init_process_group("fake", store=FakeStore(), rank=number, world_size=processes)
         try:
-            params, optimizer = build(setting, "meta")
+            params, optimizer, _ = build(setting, "meta")
             placed = optimizer.placement()
             adamw = sum(2 * local(param.detach()).numel() * param.element_size() for param in params)
             found.append((sum(row.wire_bytes for row in placed), sum(row.state_bytes for row in placed), adamw))

@@ -6,8 +6,8 @@ All optimizers step in turn, one step each a round and each round in another ord
 slows all of them; ratios are taken within a round. Each has states of its own; the weights, and random gradients that
 change from round to round, are shared. Two yardsticks run in the same rounds: the six products over m×n that a step of
 LDAdam needs, and nothing else; and the paper's equations one by one, as tests/reference.py has them, in float32.
-LDAdamW with its error in the gradient is given gradients as a backward pass gives them, added to the error, and the
-addition is not timed.
+LDAdamW with its error in the gradient is given gradients by a backward pass, which adds them to the error and is not
+timed.
 """
 
 from __future__ import annotations
@@ -106,16 +106,16 @@ def measure(
     projected = len(each(matrices))
     weights = normal(sizes, 2e-2, device, dtype)
     gradients = [normal(sizes, 1e-2, device, dtype) for _ in range(GRADIENT_SETS)]
-    made: dict[int, tuple[Optimizer, list[nn.Parameter], list[nn.Parameter]]] = {}
+    made: dict[int, tuple[Optimizer, list[nn.Parameter]]] = {}
 
     def make(i: int) -> None:
         made.pop(i, None)  # first, as its states may be large
         params = [nn.Parameter(weight) for weight in weights]
-        made[i] = (entrants[i].build(params[:projected], params[projected:]), params[:projected], params[projected:])
+        made[i] = entrants[i].build(params[:projected], params[projected:]), params
 
     def timed(i: int, turn: int) -> float:
-        optimizer, *params = made[i]
-        give(entrants[i], *params, gradients[turn % GRADIENT_SETS])
+        optimizer, params = made[i]
+        give(optimizer, params, gradients[turn % GRADIENT_SETS], entrants[i].error_in_grad)
         synchronize(device)
         start = time.perf_counter()
         optimizer.step()

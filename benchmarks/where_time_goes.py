@@ -42,7 +42,7 @@ import ldadam_dist.runtime.schedule
 import ldadam_dist.step
 from benchmarks import common, scaling
 from benchmarks.common import MODELS, Llama, Options, Report, each, normal, synchronize
-from ldadam_dist import LDAdamW
+from benchmarks.contenders import give, ldadamw
 
 KINDS = (
     "products over m×n",
@@ -88,13 +88,18 @@ def named_scopes() -> Iterator[None]:
 
 
 def record(
-    optimizer: Any, give: Callable[[], None], device: torch.device, steps: int, warmup: int, trace: Path | None
+    optimizer: Any,
+    give_gradients: Callable[[], None],
+    device: torch.device,
+    steps: int,
+    warmup: int,
+    trace: Path | None,
 ) -> tuple[Any, list[float]]:
     """Profile some steps.
 
     Args:
         optimizer: steps parameters.
-        give: gives them gradients.
+        give_gradients: gives them gradients.
         device: where they are.
         steps, warmup: what is profiled, and what comes before.
         trace: file for Perfetto, or None.
@@ -104,12 +109,12 @@ def record(
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
     with named_scopes():
         for _ in range(warmup):
-            give()
+            give_gradients()
             optimizer.step()
         times = []
         with profile(activities=activities, record_shapes=True) as profiler:
             for _ in range(steps):
-                give()
+                give_gradients()
                 synchronize(device)
                 start = time.perf_counter()
                 with record_function(STEP):
@@ -172,26 +177,21 @@ def _over_whole(event: Any, whole: set[tuple[int, ...]]) -> bool:
     return any(tuple(sorted(shape)) in whole for shape in (*taken, *given))
 
 
-def on_one_process(model: Llama, rank: int, options: dict[str, Any], device: torch.device, dtype: torch.dtype) -> Any:
+def on_one_process(model: Llama, rank: int, options: Options, device: torch.device, dtype: torch.dtype) -> Any:
     """LDAdamW, how it gets gradients, and the shapes of its matrices here."""
-    shapes = each(model.matrices)
+    shapes, contender = each(model.matrices), ldadamw(rank, options)
     params = [nn.Parameter(weight) for weight in normal(shapes, 2e-2, device, dtype)]
     gradients = normal(shapes, 1e-2, device, dtype)
-
-    def give() -> None:
-        for param, grad in zip(params, gradients, strict=True):
-            param.grad = grad
-
-    return LDAdamW(params, rank=rank, **options), give, shapes
+    optimizer = contender.build(params, [])
+    return optimizer, functools.partial(give, optimizer, params, gradients, contender.error_in_grad), shapes
 
 
 def on_a_rank(setting: scaling.Setting, trace: Path | None) -> tuple[dict[str, tuple[float, float]], list[float]]:
     """The same on one of several processes; the first writes the trace."""
-    params, optimizer = scaling.build(setting)
+    params, optimizer, give_gradients = scaling.build(setting)
     shapes = [tuple(scaling.local(param.detach()).shape) for param in params]
     trace = trace if dist.get_rank() == 0 else None
-    give, cpu = functools.partial(scaling.give, params), torch.device("cpu")
-    events, times = record(optimizer, give, cpu, setting.steps, setting.warmup, trace)
+    events, times = record(optimizer, give_gradients, torch.device("cpu"), setting.steps, setting.warmup, trace)
     return shares(events, shapes, setting.steps), times
 
 
@@ -231,8 +231,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         found, times = run_ranks(args.processes, on_a_rank, setting, trace, timeout=600.0)[0]
     else:
         torch.manual_seed(0)
-        optimizer, give, shapes = on_one_process(model, args.rank, args.options.values, device, dtype)
-        events, times = record(optimizer, give, device, args.steps, args.warmup, trace)
+        optimizer, give_gradients, shapes = on_one_process(model, args.rank, args.options, device, dtype)
+        events, times = record(optimizer, give_gradients, device, args.steps, args.warmup, trace)
         found = shares(events, shapes, args.steps)
     host, kernels = (sum(column) for column in zip(*found.values(), strict=True))
     median = statistics.median(times)

@@ -88,16 +88,13 @@ def test_yardsticks_do_their_work(shape: tuple[int, int]) -> None:
         assert moved == (kind is contenders.SixProducts)  # the other has a weight of its own
 
 
-def test_gradients_are_added_where_the_error_is_in_them() -> None:
-    params = [nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2))]
-    grads = [torch.ones(2), torch.ones(2)]
-    plain = contenders.Contender("plain", lambda *_: None)
-    contenders.give(plain, params[:1], params[1:], grads)
+def test_gradients_are_shared_or_accumulated() -> None:
+    params, grads = [nn.Parameter(torch.zeros(2))], [torch.ones(2)]
+    optimizer = torch.optim.SGD(params)
+    contenders.give(optimizer, params, grads)
     assert params[0].grad is grads[0]
-    params[0].grad = None
-    in_grad = contenders.Contender("in grad", lambda *_: None, error_in_grad=True)
-    for _ in range(2):
-        contenders.give(in_grad, params[:1], params[1:], grads)
+    optimizer.zero_grad = lambda: None  # as where the error is in the gradient
+    params[0].grad = torch.ones(2)
+    contenders.give(optimizer, params, grads, backward=True)
     assert params[0].grad.tolist() == [2.0, 2.0]
-    assert params[1].grad is grads[1]
     assert grads[0].tolist() == [1.0, 1.0]
