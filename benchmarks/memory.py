@@ -8,8 +8,8 @@ torch's caching allocator (`torch.cuda.max_memory_allocated`). On a CPU they are
 frees that torch's profiler records, which sees every block that torch's allocator hands out, also what an operator
 needs within itself; what BLAS and LAPACK take by themselves is in neither. States are counted as they lie in memory,
 each storage once, without step counts. `left in grad` is what `zero_grad()` leaves there: with error_in_grad=True the
-error. The second table needs no weights: bytes of state by the parameters' shapes alone, as `LDAdamW.placement()` tells
-them on the meta device.
+error, which is among the states too and takes its memory once. The second table needs no weights: bytes of state by the
+parameters' shapes alone, as `LDAdamW.placement()` tells them on the meta device.
 """
 
 from __future__ import annotations
