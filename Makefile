@@ -66,11 +66,11 @@ test-gpu:  ## the tests marked gpu, with PYTHON as it is
 
 # BENCH_ARGS='--scale 32' RANKS='4 8' are for a look at whether everything runs: on a small model, DEVICE=cpu for bench-gpu.
 BENCH_ARGS ?=
-RANKS ?= $(if $(filter bench-gpu,$(MAKECMDGOALS)),32 256,16 128)
 DEVICE ?= cuda
 BENCH_CPU := runs/bench/cpu
 BENCH_GPU := runs/bench/gpu
 
+bench-cpu: RANKS ?= 16 128
 bench-cpu: $(INSTALLED)  ## all benchmarks on the CPU, in ten minutes on two cores, to runs/bench/cpu
 	$(RUN) benchmarks/step_time.py --device cpu --ranks $(RANKS) --steps 20 --out $(BENCH_CPU) $(BENCH_ARGS)
 	$(RUN) benchmarks/first_step.py --device cpu --scale 4 --ranks $(RANKS) --out $(BENCH_CPU) $(BENCH_ARGS)
@@ -82,6 +82,7 @@ bench-cpu: $(INSTALLED)  ## all benchmarks on the CPU, in ten minutes on two cor
 # Like test-gpu with any interpreter that has torch >= 2.7 and transformers; other projects' optimizers if they are there.
 # Eight of the 24 layers of the 1B model have its shapes, and leave memory for all that step in turn.
 STEP_TIME = $(PYTHON) benchmarks/step_time.py --device $(DEVICE) --ranks $(RANKS) --steps 10 --warmup 3
+bench-gpu: RANKS ?= 32 256
 bench-gpu:  ## benchmarks for one GPU, in ten minutes, to runs/bench/gpu
 	$(STEP_TIME) --model llama-1b --layers 8 --dtype bfloat16 --out $(BENCH_GPU)/1b-bfloat16 $(BENCH_ARGS)
 	$(STEP_TIME) --model llama-1b --layers 8 --dtype float32 --out $(BENCH_GPU)/1b-float32 $(BENCH_ARGS)
