@@ -9,7 +9,8 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -148,6 +149,16 @@ def parser(doc: str | None, script: str, device: bool = True) -> argparse.Argume
     found.add_argument("--layers", type=int, help="take so many layers of it only")
     found.add_argument("--out", type=Path, help=f"folder for {script}.md and {script}.json")
     return found
+
+
+@contextmanager
+def one_thread(device: torch.device) -> Iterator[None]:
+    """On a CPU matrices are stepped side by side in threads, which torch.profiler does not see: one at a time here."""
+    threads = torch.get_num_threads()
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def synchronize(device: torch.device) -> None:

@@ -33,7 +33,7 @@ from torch.optim import Optimizer
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks import common
-from benchmarks.common import MODELS, Llama, Options, Report, each
+from benchmarks.common import MODELS, Llama, Options, Report, each, one_thread
 from benchmarks.contenders import BASELINE, Contender, contenders, ldadamw, variants
 from ldadam_dist import LDAdamW, build_param_groups
 from ldadam_dist.tables import format_bytes
@@ -77,10 +77,12 @@ class Meter:
         self.device = device
         self.found: dict[str, list[tuple[int, int]]] = {}
         self._profile: Any = None
+        self._stack = ExitStack()
 
     def __enter__(self) -> Meter:
         gc.collect()
         if self.device.type == "cpu":
+            self._stack.enter_context(one_thread(self.device))
             self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
             self._profile.__enter__()
         return self
@@ -88,6 +90,7 @@ class Meter:
     def __exit__(self, *error: Any) -> None:
         if self._profile is not None:
             self._profile.__exit__(*error)
+            self._stack.close()
             self._read(self._profile.profiler.kineto_results.events())
 
     @contextmanager

@@ -13,7 +13,8 @@ Each operator counts for the time it spends itself, without what it calls, in on
     waiting             for the device
 
 On CUDA `host` is the time that the process takes to launch the work and `device` that of the kernels; what the device
-lacks to the time of the step it waits. A profiled step is slower than another: the shares tell, not the sum.
+lacks to the time of the step it waits. A CPU has one thread here (`common.one_thread`). A profiled step is slower than
+another: the shares tell, not the sum.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import functools
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 import ldadam_dist.runtime.schedule
 import ldadam_dist.step
 from benchmarks import common, scaling
-from benchmarks.common import MODELS, Llama, Options, Report, each, normal, synchronize
+from benchmarks.common import MODELS, Llama, Options, Report, each, normal, one_thread, synchronize
 from benchmarks.contenders import give, ldadamw
 
 KINDS = (
@@ -74,9 +75,20 @@ def named_scopes() -> Iterator[None]:
         @functools.wraps(function)
         def called(*args: Any, **kwargs: Any) -> Any:
             with record_function(scope):
-                return function(*args, **kwargs)
+                result = function(*args, **kwargs)
+            return resumed(result, scope) if isinstance(result, Generator) else result
 
         return called
+
+    def resumed(waiting: Generator[None, None, Any], scope: str) -> Generator[None, None, Any]:
+        """What pauses while its collectives are on their way."""
+        while True:
+            try:
+                with record_function(scope):
+                    next(waiting)
+            except StopIteration as end:
+                return end.value
+            yield
 
     for (module, name, function), (*_, scope) in zip(kept, SCOPES, strict=True):
         setattr(module, name, named(function, scope))
@@ -112,7 +124,7 @@ def record(
             give_gradients()
             optimizer.step()
         times = []
-        with profile(activities=activities, record_shapes=True) as profiler:
+        with one_thread(device), profile(activities=activities, record_shapes=True) as profiler:
             for _ in range(steps):
                 give_gradients()
                 synchronize(device)

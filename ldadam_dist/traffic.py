@@ -141,7 +141,7 @@ class Traffic(TorchDispatchMode):
     ) -> Any:
         # An operation on a tensor subclass may communicate. NotImplemented hands it to the subclass with this mode on,
         # but passes over modes further out: for DTensor, as torch's CommDebugMode does, or if there are none but these.
-        types = tuple(types)
+        types = tuple(t for t in types if t is not Tensor)  # as `view(dtype)` names it
         if any(issubclass(t, DTensor) for t in types):
             return NotImplemented
         if types and all(isinstance(mode, Traffic) for mode in _get_current_dispatch_mode_stack()):

@@ -130,6 +130,7 @@ def test_barriers_and_arithmetic_count_nothing(fake_group: None) -> None:
     with Traffic() as traffic:
         dist.barrier()
         f(3) @ f(3)
+        f(4).view(torch.uint8)  # which names its type
     assert traffic.records == []
     assert (traffic.calls, traffic.elements, traffic.bytes) == (0, 0, 0)
     assert str(traffic).splitlines()[-1].split() == ["total", "0", "0", "0", "B"]
