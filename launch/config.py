@@ -128,6 +128,15 @@ class OptimizerOptions:
         "power_iteration", "ldadamw: how the subspace follows the gradient"
     )
     error_feedback: bool = option(True, "ldadamw: keep what the projection leaves out for the next step")
+    error_dtype: Literal["float64", "float32", "bfloat16", "int8", "int4"] | None = option(
+        None, "ldadamw: how the error is stored; int8 and int4 in blocks of 32 (default: the weights' dtype)"
+    )
+    state_dtype: Literal["float64", "float32", "bfloat16"] | None = option(
+        None, "ldadamw: dtype in which projectors and moments are stored (default: float32)"
+    )
+    stochastic_rounding: bool = option(
+        False, "ldadamw: round what is stored narrower than it is computed up or down at random"
+    )
     warmup_steps: int = option(40, "steps of linear warm-up")
     min_lr_ratio: float = option(0.1, "the cosine ends at this share of the peak")
 

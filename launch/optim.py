@@ -36,6 +36,9 @@ def build_optimizer(model: nn.Module, options: OptimizerOptions) -> torch.optim.
             proj_type=options.proj_type,
             proj_method=options.proj_method,
             error_feedback=options.error_feedback,
+            error_dtype=options.error_dtype,
+            state_dtype=options.state_dtype,
+            stochastic_rounding=options.stochastic_rounding,
         )
     except ValueError as error:
         raise ConfigError(f"optimizer={options.optimizer}: {error}") from error

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
+from torch import Tensor
 from torch.optim.adamw import adamw
 
 from ldadam_dist.entries import MISSING, ZERO, Entry
+from ldadam_dist.rounding import chunks, is_narrower, random_bits, rounded
+from ldadam_dist.rules import compute_dtype
+
+_KINDS = ("weight", "exp_avg", "exp_avg_sq")
 
 
 def step_vectors(entries: Iterable[Entry]) -> None:
@@ -17,23 +24,67 @@ def step_vectors(entries: Iterable[Entry]) -> None:
         entries: all parameters that are not projected, group by group.
     """
     for _, members in itertools.groupby(filter(_moves, entries), key=lambda entry: id(entry.group)):
-        stepped = list(members)
-        group = stepped[0].group
-        adamw(
-            [entry.adapter.local(entry.param) for entry in stepped],
-            [entry.grad for entry in stepped],
-            [entry.adapter.local(entry.state["exp_avg"]) for entry in stepped],
-            [entry.adapter.local(entry.state["exp_avg_sq"]) for entry in stepped],
-            [],
-            [entry.state["step"] for entry in stepped],
-            amsgrad=False,
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            lr=float(group["lr"]),
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=False,
-        )
+        whole: list[Entry] = []
+        for entry in members:
+            if _is_copied(entry):
+                _step_in_parts(entry)
+            else:
+                whole.append(entry)
+        if whole:
+            tensors = [[_stored(entry)[kind] for entry in whole] for kind in _KINDS]
+            _adamw(tensors, [entry.grad for entry in whole], [entry.state["step"] for entry in whole], whole[0].group)
+
+
+def _stored(entry: Entry) -> dict[str, Tensor]:
+    """What is stored of a parameter on this process, by the names that rounding has for it."""
+    local = entry.adapter.local
+    return {kind: local(entry.param if kind == "weight" else entry.state[kind]) for kind in _KINDS}
+
+
+def _adamw(tensors: Sequence[list[Tensor]], grads: list[Tensor], steps: list[Tensor], group: Mapping[str, Any]) -> None:
+    """torch's AdamW of weights and moments, which `tensors` has in the order of `_KINDS`."""
+    weights, exp_avgs, exp_avg_sqs = tensors
+    adamw(
+        weights,
+        grads,
+        exp_avgs,
+        exp_avg_sqs,
+        [],
+        steps,
+        amsgrad=False,
+        beta1=group["betas"][0],
+        beta2=group["betas"][1],
+        lr=float(group["lr"]),
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        maximize=False,
+    )
+
+
+def _is_copied(entry: Entry) -> bool:
+    """Whether something is stored otherwise than it is to be computed with; torch would compute as it is stored."""
+    if entry.group["state_dtype"] is None and not entry.group["stochastic_rounding"]:
+        return False
+    return {tensor.dtype for tensor in _stored(entry).values()} != {compute_dtype(entry.param.dtype)}
+
+
+def _step_in_parts(entry: Entry) -> None:
+    """Step a parameter through copies of a part at a time, in the dtype of the computation."""
+    stored, grad, step = _stored(entry), entry.grad, entry.state["step"]
+    if grad.ndim == 0:
+        stored, grad = {kind: tensor[None] for kind, tensor in stored.items()}, grad[None]
+    dtype, t = compute_dtype(entry.param.dtype), int(step) + 1
+    for start, stop in chunks(len(grad), math.prod(grad.shape[1:])):
+        parts = {kind: tensor[start:stop] for kind, tensor in stored.items()}
+        copies = {kind: part.to(dtype) for kind, part in parts.items()}
+        _adamw([[copies[kind]] for kind in _KINDS], [grad[start:stop].to(dtype)], [step.clone()], entry.group)
+        for kind, part in parts.items():
+            if entry.group["stochastic_rounding"] and is_narrower(part.dtype, dtype):
+                bits = random_bits(kind, t, *entry.adapter.places(entry.param, entry.shape, start, stop))
+                part.copy_(rounded(copies[kind], part.dtype, bits.view(part.shape)))
+            elif part.dtype != dtype:
+                part.copy_(copies[kind])
+    step += 1
 
 
 def _moves(entry: Entry) -> bool:

@@ -11,17 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldadam_dist.rules import PROJ_METHODS, PROJ_TYPES, global_shape, low_rank_matrices, matrices_of
+from ldadam_dist.rules import PROJ_METHODS, PROJ_TYPES, QUANTIZED, global_shape, low_rank_matrices, matrices_of
 
 PROJECTOR_INITS = ("auto", "svd", "randomized")
 
-ERROR_DTYPES = ("float64", "float32", "bfloat16")
+STATE_DTYPES = ("float64", "float32", "bfloat16")
+
+ERROR_DTYPES = (*STATE_DTYPES, *QUANTIZED)
 
 COMMUNICATIONS = ("auto", "lowrank", "gather")
 
 GROUP_KEYS = (
     "params param_names lr betas eps weight_decay rank rho proj_type proj_method error_feedback "
-    "projector_init error_dtype flatten communication enable_lowrank"
+    "projector_init error_dtype state_dtype stochastic_rounding flatten communication enable_lowrank"
 ).split()
 
 _FOREIGN = {
@@ -82,10 +84,11 @@ def check_group(group: Mapping[str, Any]) -> None:
     _check_choice("proj_type", group["proj_type"], PROJ_TYPES)
     _check_choice("proj_method", group["proj_method"], PROJ_METHODS)
     _check_choice("projector_init", group["projector_init"], PROJECTOR_INITS)
-    if group["error_dtype"] is not None:
-        _check_choice("error_dtype", group["error_dtype"], ERROR_DTYPES)
+    for key, choices in (("error_dtype", ERROR_DTYPES), ("state_dtype", STATE_DTYPES)):
+        if group[key] is not None:
+            _check_choice(key, group[key], choices)
     _check_choice("communication", group["communication"], COMMUNICATIONS)
-    for key in ("error_feedback", "flatten", "enable_lowrank"):
+    for key in ("error_feedback", "stochastic_rounding", "flatten", "enable_lowrank"):
         if not isinstance(group[key], bool):
             raise ValueError(f"{key}={group[key]!r}: expected True or False.")
 
@@ -220,6 +223,11 @@ def check_state(
                 f"the saved {key!r} of parameter {name} is {found}: expected {shape}. "
                 f"This state belongs to another model, to other settings or to another number of processes."
             )
+    if "error" in saved and not saved["error"].is_floating_point():
+        raise ValueError(
+            f"the saved 'error' of parameter {name} has dtype {saved['error'].dtype}: expected floating numbers, as "
+            f"state_dict() gives them; those that are stored in 8 or 4 bits it decodes. Save state_dict(), not state."
+        )
 
 
 def check_saved_settings(name: str, group: Mapping[str, Any], saved_group: Mapping[str, Any]) -> None:

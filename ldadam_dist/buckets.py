@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from ldadam_dist.layout import MatrixLayout
+from ldadam_dist.quantized import Quantized
+from ldadam_dist.rounding import Place, write
 from ldadam_dist.step import Block
 
 STACK_ELEMENTS = 2**15
@@ -26,18 +28,31 @@ class Matrix:
         layout: where it lies.
         grad: (m_local, n_local).
         weight: (m_local, n_local), under replicas all columns that they hold.
-        error: (m_local, n_local), or None without error feedback.
+        error: (m_local, n_local), perhaps in 8 or 4 bits; None without error feedback.
         projector: (stored rows, r).
         exp_avg, exp_avg_sq: (r, stored columns).
+        stochastic: whether what is stored narrower than it is computed is rounded stochastically, but the projector.
     """
 
     layout: MatrixLayout
     grad: Tensor
     weight: Tensor
-    error: Tensor | None
+    error: Tensor | Quantized | None
     projector: Tensor
     exp_avg: Tensor
     exp_avg_sq: Tensor
+    stochastic: bool = field(default=False, kw_only=True)
+
+    def place(self, kind: str, t: int) -> Place | None:
+        """Where the elements of a tensor are in the whole one at step t, if it is rounded stochastically."""
+        m, n = self.layout.m_range[0], self.layout.n_range[0]
+        first = {
+            "weight": (m, self.layout.weight_range[0]),
+            "error": (m, n),
+            "exp_avg": (0, n + self.layout.stored_columns[0]),
+            "exp_avg_sq": (0, n + self.layout.stored_columns[0]),
+        }
+        return Place(kind, t, *first[kind]) if self.stochastic and kind in first else None
 
 
 def batches(matrices: Iterable[tuple[Hashable, MatrixLayout]]) -> list[list[int]]:
@@ -64,7 +79,7 @@ def load_block(matrices: Sequence[Matrix], dtype: torch.dtype, device: torch.dev
     """The batch in the dtype and on the device of the maths. One matrix that is there is not copied: A forms in its
     error."""
 
-    def stack(tensors: Iterable[Tensor]) -> Tensor:
+    def stack(tensors: Iterable[Tensor | Quantized]) -> Tensor:
         parts = [t.to(device=device, dtype=dtype) for t in tensors]
         return parts[0].unsqueeze(0) if len(parts) == 1 else torch.stack(parts)
 
@@ -82,15 +97,17 @@ def load_block(matrices: Sequence[Matrix], dtype: torch.dtype, device: torch.dev
     )
 
 
-def store_block(matrices: Sequence[Matrix], block: Block, states: tuple[Tensor, Tensor, Tensor]) -> None:
-    """Write a stepped batch back: weight and error where they were copied, and the new states."""
+def store_block(matrices: Sequence[Matrix], block: Block, states: tuple[Tensor, Tensor, Tensor], t: int) -> None:
+    """Write a batch back that was stepped for the `t`-th time: weight and error where they were copied, and states."""
     for i, matrix in enumerate(matrices):
-        for target, source in (
-            (matrix.weight, block.weight),
-            (matrix.error, block.accumulated),
-            (matrix.projector, states[0]),
-            (matrix.exp_avg, states[1]),
-            (matrix.exp_avg_sq, states[2]),
+        for kind, target, source in (
+            ("weight", matrix.weight, block.weight),
+            ("error", matrix.error, block.accumulated),
+            ("projector", matrix.projector, states[0]),
+            ("exp_avg", matrix.exp_avg, states[1]),
+            ("exp_avg_sq", matrix.exp_avg_sq, states[2]),
         ):
-            if target is not None and target.data_ptr() != source[i].data_ptr():
-                target.copy_(source[i])
+            if isinstance(target, Quantized):
+                target.copy_(source[i], matrix.place(kind, t))
+            elif target is not None and target.data_ptr() != source[i].data_ptr():
+                write(target, source[i], matrix.place(kind, t))

@@ -14,8 +14,8 @@ from ldadam_dist.entries import Entry, groups_of
 from ldadam_dist.runtime import agree, gather_objects, ranks_of
 
 _SETTINGS = (
-    "rank proj_type proj_method projector_init error_feedback error_dtype enable_lowrank flatten communication "
-    "lr betas eps weight_decay rho"
+    "rank proj_type proj_method projector_init error_feedback error_dtype state_dtype stochastic_rounding "
+    "enable_lowrank flatten communication lr betas eps weight_decay rho"
 ).split()
 
 

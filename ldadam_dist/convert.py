@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from ldadam_dist.packing import Packing, dtypes_of, planes_of, read_planes
-from ldadam_dist.rules import low_rank_matrices, projected_side, state_shapes, stored_error_dtype
+from ldadam_dist.rules import low_rank_matrices, projected_side, state_shapes, stored_error_dtype, stored_state_dtype
 from ldadam_dist.universal import KEY
 from ldadam_dist.zero_files import FP32, MODEL_FILES, MOMENTS, RankFolder, UniversalFolder, ZeroFolder
 
@@ -245,8 +245,9 @@ def _write(target: Path, name: str, key: str, tensor: Tensor) -> None:
 def _described(shape: Sequence[int], group: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """(shape, dtype) of each state of a parameter with float32 weights."""
     error = stored_error_dtype(torch.float32, group["error_dtype"])
+    other = stored_state_dtype(torch.float32, group.get("state_dtype"), low_rank_matrices(shape, group) is not None)
     return {
-        key: (extent, error if key == "error" else torch.float32)
+        key: (extent, {"error": error, "step": torch.float32}.get(key, other))
         for key, extent in state_shapes(shape, group).items()
         if key != "error" or group["error_feedback"]
     }
@@ -273,7 +274,7 @@ def unpack(shape: Sequence[int], group: Mapping[str, Any], steps: Sequence[int],
     described, packed = _described(shape, group), _packing(shape, group)
     step = torch.tensor(steps, dtype=torch.float32).view(described["step"][0])
     if packed is None:
-        moments = [planes_of(t, t)[0].to(torch.float32).reshape(list(shape)) for t in pair]
+        moments = [planes_of(t, t)[0].to(described["exp_avg"][1]).reshape(list(shape)) for t in pair]
         return {"step": step, **dict(zip(MOMENTS, moments, strict=True))}
     number, packing = packed
     parts = []
@@ -307,9 +308,11 @@ def pack(
     whole = {key: state[key] if key in state else torch.zeros(extent) for key, extent in shapes.items()}
     steps = [int(step) for step in whole["step"].reshape(-1).tolist()]
     if packed is None:
-        return (whole["exp_avg"].float().reshape(-1), whole["exp_avg_sq"].float().reshape(-1)), steps
+        moments = (whole[key].to(torch.promote_types(whole[key].dtype, torch.float32)) for key in MOMENTS)
+        exp_avg, exp_avg_sq = (moment.reshape(-1) for moment in moments)
+        return (exp_avg, exp_avg_sq), steps
     number, packing = packed
-    dtype = torch.promote_types(whole["error"].dtype, torch.float32)
+    dtype = torch.promote_types(whole["error"].dtype, torch.promote_types(whole["exp_avg"].dtype, torch.float32))
     pair = [torch.zeros(number, packing.plane, dtype=d) for d in dtypes_of(packing.planes, dtype)]
     for i, (exp_avg, exp_avg_sq) in enumerate(zip(*pair, strict=True)):
         matrix = {key: (whole[key][i] if len(shapes["step"]) else whole[key]) for key in shapes}

@@ -101,19 +101,19 @@ def _jobs(moving: Sequence[_Moving]) -> Iterator[Job]:
         (_, layout, communication, hyper, t, dtype, device), _, _ = moving[batch[0]]
         step = partial(step_on_owner if communication == "gather" else ldadam_step, layout=layout, hyper=hyper, t=t)
         matrices, owners = [moving[i][2] for i in batch], tuple(moving[i][1].owner for i in batch)
-        yield Job(layout, device, owners, partial(_exchange, matrices, step, dtype, device))
+        yield Job(layout, device, owners, partial(_exchange, matrices, step, dtype, device, t))
 
 
 def _exchange(
-    matrices: list[Matrix], step: Callable[[Block], Exchange], dtype: torch.dtype, device: torch.device
+    matrices: list[Matrix], step: Callable[[Block], Exchange], dtype: torch.dtype, device: torch.device, t: int
 ) -> Exchange:
-    """A step of equal matrices, from what is stored to what is stored."""
+    """The `t`-th step of equal matrices, from what is stored to what is stored."""
     cut = [matrix for matrix in matrices if isinstance(matrix, CutMatrix)]  # all or none
     if cut:
         yield from complete_rows(cut, device)
     block = load_block(matrices, dtype, device)
     states = yield from step(block)
-    store_block(matrices, block, states)
+    store_block(matrices, block, states, t)
     if cut:
         yield from hand_back(cut, device)
 

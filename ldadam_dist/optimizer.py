@@ -21,9 +21,10 @@ from ldadam_dist.lowrank import plan_windows, step_matrices
 from ldadam_dist.partitions import FlatPartition, Partitions
 from ldadam_dist.placement import Placement, placement
 from ldadam_dist.plan import WINDOW_ELEMENTS, Unit
-from ldadam_dist.rules import DEFAULT_RANK, global_shape, low_rank_matrices
+from ldadam_dist.rules import DEFAULT_RANK, dtype_name, global_shape, low_rank_matrices
 from ldadam_dist.runtime import during, start_anew
-from ldadam_dist.state import check_places, init_state, stored_shapes
+from ldadam_dist.state import init_state
+from ldadam_dist.state_dicts import Loading, with_floating_errors
 
 
 class LDAdamW(Optimizer):
@@ -60,8 +61,13 @@ class LDAdamW(Optimizer):
         projector_init: first projector from the first gradient: "svd", "randomized" (subspace iteration), or "auto":
             SVD up to a smaller dimension of `EXACT_INIT_SIZE` or with proj_method="svd", randomised above and with
             "svd_lowrank".
-        error_dtype: dtype in which the error is stored: "float32", "bfloat16", "float64" or a torch.dtype; None for
-            the parameter's own (float32 for float16). The mathematics is always in float32 at least.
+        error_dtype: how the error is stored: "float32", "bfloat16", "float64" or a torch.dtype; "int8" or "int4", with
+            a scale for every 32 elements of a row; None for the parameter's own dtype (float32 for float16). The
+            mathematics is always in float32 at least.
+        state_dtype: dtype in which projector and moments are stored, those of AdamW too: "float32", "bfloat16" or
+            "float64"; None for that of the mathematics, and for AdamW the parameter's own.
+        stochastic_rounding: round what is stored narrower than it is computed (weights, errors, moments) up or down
+            at random, so that small changes add up; from the step and the place alone, so on any mesh alike.
         process_group: group over which plain (not DTensor) parameters are replicas with equal gradients, as under
             DDP: their states are then partitioned over it. Without it each process steps them whole.
         communication: how a shared matrix is stepped: "lowrank", on its shards, which exchange low-rank factors;
@@ -88,6 +94,8 @@ class LDAdamW(Optimizer):
         *,
         projector_init: str = "auto",
         error_dtype: str | torch.dtype | None = None,
+        state_dtype: str | torch.dtype | None = None,
+        stochastic_rounding: bool = False,
         process_group: Any | None = None,
         communication: str = "auto",
         window_elements: int = WINDOW_ELEMENTS,
@@ -113,6 +121,8 @@ class LDAdamW(Optimizer):
             error_feedback=error_feedback,
             projector_init=projector_init,
             error_dtype=error_dtype,
+            state_dtype=state_dtype,
+            stochastic_rounding=stochastic_rounding,
             enable_lowrank=True,
             flatten=False,
             communication=communication,
@@ -174,8 +184,8 @@ class LDAdamW(Optimizer):
         try:
             self._agreed.clear()
             group = self.param_groups[-1]
-            if isinstance(group["error_dtype"], torch.dtype):  # kept as text: plain data for checkpoints
-                group["error_dtype"] = str(group["error_dtype"]).removeprefix("torch.")
+            for key in ("error_dtype", "state_dtype"):
+                group[key] = dtype_name(group[key])
             arguments.check_group(group)
             group["rank"] = int(group["rank"])
             named = list(zip(_names(group, len(self.param_groups) - 1), group["params"], strict=True))
@@ -288,47 +298,34 @@ class LDAdamW(Optimizer):
             self._find_partitions()
             self._find_partitions = None
 
+    def state_dict(self) -> dict[str, Any]:
+        """The state as `torch.optim.Optimizer.state_dict`; an error in 8 or 4 bits appears in bfloat16, exactly."""
+
+        def decode(_: Optimizer, made: dict[str, Any]) -> dict[str, Any]:
+            return with_floating_errors(made, self._entries_by_param, self._partitions)
+
+        hook = self.register_state_dict_post_hook(decode, prepend=True)  # before those that see what is saved
+        try:
+            return super().state_dict()
+        finally:
+            hook.remove()
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state, as `torch.optim.Optimizer.load_state_dict`, but keep every tensor's dtype.
+        """Load a state, as `torch.optim.Optimizer.load_state_dict`, and store it as this optimizer's groups say.
 
         Args:
-            state_dict: from `state_dict()` of an optimizer with the same groups.
+            state_dict: from `state_dict()` of an optimizer with the same groups; their error_dtype, state_dtype and
+                stochastic_rounding may be others, and stay as they are here.
         Raises:
             ValueError: groups or shapes that do not fit, or another rank's shards; nothing has been loaded then.
         """
         self.attach_found()
-        loaded: list[tuple[Entry, dict[str, Any]]] = []
-
-        def check(_: Optimizer, saved: dict[str, Any]) -> None:
-            saved_groups = saved["param_groups"]
-            if [len(group["params"]) for group in saved_groups] != [len(g["params"]) for g in self.param_groups]:
-                return  # torch says what differs
-            numbers = [(group, number) for group in saved_groups for number in group["params"]]
-            for (param, entries), (group, number) in zip(self._entries_by_param(), numbers, strict=True):
-                states = saved["state"].get(number, {})
-                flat = param in self._partitions
-                for entry in entries:
-                    state = states.get(entry.name, {}) if flat else states
-                    name, sharded = f"{entry.name} of shape {entry.shape}", entry.adapter.sharded
-                    arguments.check_state(name, entry.group, group, state, stored_shapes(entry), sharded)
-                    check_places(entry, state)
-                    loaded.append((entry, state))
-                if flat:
-                    arguments.check_partition(states, [entry.name for entry in entries if entry.present])
-
-        def restore(_: Optimizer) -> None:
-            # torch has cast every state to its parameter's dtype; take the saved ones instead.
-            self._agreed.clear()
-            for entry, saved in loaded:
-                state = self._state_of(entry) if saved else {}
-                for key, value in saved.items():
-                    if isinstance(value, Tensor) and key != "step":
-                        state[key] = value.to(device=entry.param.device)
-
+        self._agreed.clear()
+        loading = Loading(self._entries_by_param, self._partitions, self._state_of)
         # As hooks, to see what the user's own hooks make of the state, and to come before those that follow.
         hooks = (
-            self.register_load_state_dict_pre_hook(check),
-            self.register_load_state_dict_post_hook(restore, prepend=True),
+            self.register_load_state_dict_pre_hook(loading.check),
+            self.register_load_state_dict_post_hook(loading.restore, prepend=True),
         )
         try:
             super().load_state_dict(state_dict)

@@ -15,16 +15,18 @@ from typing import Any
 import torch
 from torch import nn
 
+from ldadam_dist.quantized import row_bytes
 from ldadam_dist.rules import (
     DEFAULT_RANK,
     PROJ_TYPES,
-    compute_dtype,
+    dtype_name,
     global_shape,
     is_low_rank,
     matrices_of,
     oriented_shape,
     projected_side,
     stored_error_dtype,
+    stored_state_dtype,
 )
 from ldadam_dist.selection import Patterns, decide, nothing_projected
 from ldadam_dist.tables import format_bytes, format_percent, table
@@ -136,6 +138,7 @@ def describe(
     proj_type: str | None = None,
     error_feedback: bool | None = None,
     error_dtype: str | torch.dtype | None = None,
+    state_dtype: str | torch.dtype | None = None,
     **options: Any,
 ) -> str:
     """Table of every parameter: its shape, rule and why, projected side, rank, and bytes of state against AdamW.
@@ -152,12 +155,17 @@ def describe(
     Args:
         target: a model, parameter groups as `build_param_groups` returns them, or an optimizer.
         verbose: one line for each parameter.
-        proj_type, error_feedback, error_dtype: as given to LDAdamW; by default what groups or optimizer say, or else
-            "std", True and the parameter's dtype (float32 for float16).
+        proj_type, error_feedback, error_dtype, state_dtype: as given to LDAdamW; by default what groups or optimizer
+            say, or else "std", True, the parameter's dtype (float32 for float16) and the rules above.
         options: for a model, the arguments of `build_param_groups` (rank, include, exclude, rank_pattern,
             convolutions).
     """
-    settings = {"proj_type": proj_type, "error_feedback": error_feedback, "error_dtype": error_dtype}
+    settings = {
+        "proj_type": proj_type,
+        "error_feedback": error_feedback,
+        "error_dtype": error_dtype,
+        "state_dtype": state_dtype,
+    }
     frozen = None
     if isinstance(target, nn.Module):
         for unused in ("lr", "lr_other", "weight_decay", "named"):
@@ -217,15 +225,18 @@ def _row(
 ) -> _Row:
     """The line of one parameter; `why` says why it gets AdamW, empty if it gets LDAdamW."""
     adamw_bytes = 2 * math.prod(shape) * param.dtype.itemsize
+    error_dtype, state_dtype = dtype_name(settings["error_dtype"]), dtype_name(settings["state_dtype"])
+    item = stored_state_dtype(param.dtype, state_dtype, low_rank=not why).itemsize
     matrices = matrices_of(shape, settings["flatten"])
     if why or matrices is None:
-        return _Row(name, shape, param.dtype, f"AdamW: {why}", "", None, adamw_bytes, adamw_bytes)
+        return _Row(name, shape, param.dtype, f"AdamW: {why}", "", None, 2 * math.prod(shape) * item, adamw_bytes)
     number, *matrix = matrices
     proj_type = settings["proj_type"] or "std"
     m, n = oriented_shape(matrix, proj_type)
-    state_bytes = number * (m * rank + 2 * rank * n) * compute_dtype(param.dtype).itemsize
+    state_bytes = number * (m * rank + 2 * rank * n) * item
     if settings["error_feedback"] is None or settings["error_feedback"]:
-        state_bytes += math.prod(shape) * stored_error_dtype(param.dtype, settings["error_dtype"]).itemsize
+        dtype = stored_error_dtype(param.dtype, error_dtype)
+        state_bytes += number * matrix[0] * row_bytes(matrix[1], error_dtype, dtype)
     side = "rows" if projected_side(matrix, proj_type) == "left" else "columns"
     return _Row(name, shape, param.dtype, "LDAdamW", side, rank, state_bytes, adamw_bytes)
 

@@ -9,8 +9,10 @@ from itertools import chain
 
 from ldadam_dist.costs import wire_elements
 from ldadam_dist.entries import Entry
+from ldadam_dist.layout import MatrixLayout
 from ldadam_dist.plan import Unit
-from ldadam_dist.rules import compute_dtype, state_shapes, stored_error_dtype
+from ldadam_dist.quantized import row_bytes
+from ldadam_dist.rules import compute_dtype, state_shapes, stored_error_dtype, stored_state_dtype
 from ldadam_dist.state import PARTS
 from ldadam_dist.tables import format_bytes, table
 
@@ -87,7 +89,8 @@ def placement(entries: Sequence[Entry], plan: Iterable[Iterable[Iterable[Unit]]]
 
 
 def _vector(entry: Entry) -> Placed:
-    local, item = entry.adapter.local(entry.param).numel(), entry.param.dtype.itemsize  # none if it is not here
+    local = entry.adapter.local(entry.param).numel()  # none if it is not here
+    item = stored_state_dtype(entry.param.dtype, entry.group["state_dtype"], low_rank=False).itemsize
     whole = math.prod(entry.shape)
     copies = entry.adapter.copies
     return Placed(
@@ -101,10 +104,14 @@ def _vector(entry: Entry) -> Placed:
 def _matrix(entry: Entry, units: Sequence[Unit]) -> Placed:
     group, layout, dtype = entry.group, units[0].layout, compute_dtype(entry.param.dtype)
     shapes = state_shapes(entry.shape, group)
-    sizes = dict.fromkeys(("projector", "exp_avg", "exp_avg_sq"), dtype.itemsize)
+    item = stored_state_dtype(entry.param.dtype, group["state_dtype"], low_rank=True).itemsize
+    factors = {key: shapes[key] for key in ("projector", "exp_avg", "exp_avg_sq")}
+    local = {key: entry.adapter.local_shape(shapes[key], PARTS[key], entry.side) for key in (*factors, "error")}
+    here = item * sum(math.prod(local[key]) for key in factors)
+    total = item * sum(math.prod(shape) for shape in factors.values())
     if group["error_feedback"]:
-        sizes["error"] = stored_error_dtype(entry.param.dtype, group["error_dtype"]).itemsize
-    elements = {key: entry.adapter.state_elements(shapes[key], PARTS[key], entry.side) for key in sizes}
+        here += math.prod(local["error"][:-1]) * _row_bytes(entry, local["error"][-1])
+        total += math.prod(shapes["error"][:-1]) * sum(_row_bytes(entry, n) for n in _row_pieces(entry, layout))
     start, stop = entry.held
     owners = [entry.adapter.owner_rank(unit.owner, entry.side) for unit in units[: stop - start]]
     wire = wire_elements(layout, units[0].communication, group["proj_method"], group["error_feedback"])
@@ -115,10 +122,22 @@ def _matrix(entry: Entry, units: Sequence[Unit]) -> Placed:
         side="rows" if entry.side == "left" else "columns",
         communication="none" if layout.whole else units[0].communication,
         owners=() if layout.whole else tuple(rank for rank in owners if rank is not None),
-        state_bytes=sum(elements[key] * size for key, size in sizes.items()),
-        total_bytes=sum(math.prod(shapes[key]) * size for key, size in sizes.items()),
+        state_bytes=here,
+        total_bytes=total,
         wire_bytes=round(wire * (stop - start) * dtype.itemsize),
     )
+
+
+def _row_bytes(entry: Entry, columns: int) -> int:
+    """Bytes of a row of the error, or of a piece of one."""
+    setting = entry.group["error_dtype"]
+    return row_bytes(columns, setting, stored_error_dtype(entry.param.dtype, setting))
+
+
+def _row_pieces(entry: Entry, layout: MatrixLayout) -> list[int]:
+    """Into what lengths the rows of a matrix are cut; blocks of 8 or 4 bits are filled up in each."""
+    pieces = layout.n_pieces if entry.side == "left" else layout.m_pieces
+    return [stop - start for start, stop in pieces.bounds]
 
 
 def _ranks(owners: Sequence[int]) -> str:

@@ -18,6 +18,9 @@ PROJ_TYPES: tuple[str, ...] = ("std", "reverse_std", "left", "right")
 PROJ_METHODS: tuple[str, ...] = ("power_iteration", "svd", "svd_lowrank")
 """Accepted values of `proj_method`: how the projector of the next step is found."""
 
+QUANTIZED = ("int8", "int4")
+"""Values of `error_dtype` that store it in blocks; see `quantized`."""
+
 DEFAULT_RANK = 16
 """Directions kept of a matrix where nobody says otherwise."""
 
@@ -144,20 +147,42 @@ def state_shapes(shape: Sequence[int], group: Mapping[str, Any]) -> dict[str, tu
 
 
 def compute_dtype(param_dtype: torch.dtype) -> torch.dtype:
-    """dtype of the mathematics, and of projector and moments: float64 for float64 parameters, else float32."""
+    """dtype of the mathematics: float64 for float64 parameters, else float32."""
     return torch.float64 if param_dtype == torch.float64 else torch.float32
 
 
-def stored_error_dtype(param_dtype: torch.dtype, error_dtype: str | torch.dtype | None) -> torch.dtype:
-    """dtype in which the error is stored.
+def stored_state_dtype(param_dtype: torch.dtype, state_dtype: str | None, low_rank: bool) -> torch.dtype:
+    """dtype in which projector and moments are stored.
 
     Args:
         param_dtype: the parameter's.
-        error_dtype: the setting: a dtype or its name; None for the parameter's own, but float32 for float16, which
-            an accumulated error may overflow.
+        state_dtype: the setting; None for the dtype of the mathematics, or for AdamW the parameter's own.
+        low_rank: whether the parameter is projected.
+    """
+    if state_dtype is None:
+        return compute_dtype(param_dtype) if low_rank else param_dtype
+    return _dtype_of(state_dtype)
+
+
+def stored_error_dtype(param_dtype: torch.dtype, error_dtype: str | None) -> torch.dtype:
+    """dtype of the error in a state dict, which is that in which it is stored; of one in 8 or 4 bits, bfloat16.
+
+    Args:
+        param_dtype: the parameter's.
+        error_dtype: the setting; None for the parameter's own, but float32 for float16, which an accumulated error
+            may overflow.
     """
     if error_dtype is None:
         return torch.float32 if param_dtype == torch.float16 else param_dtype
-    dtype = getattr(torch, error_dtype) if isinstance(error_dtype, str) else error_dtype
+    return torch.bfloat16 if error_dtype in QUANTIZED else _dtype_of(error_dtype)
+
+
+def dtype_name(dtype: str | torch.dtype | None) -> str | None:
+    """A dtype as text, which is how settings keep it: plain data for checkpoints."""
+    return str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
+
+
+def _dtype_of(name: str) -> torch.dtype:
+    dtype = getattr(torch, name)
     assert isinstance(dtype, torch.dtype)
     return dtype

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,10 +14,14 @@ from ldadam_dist.buckets import Matrix
 from ldadam_dist.entries import Entry
 from ldadam_dist.fragments import CutMatrix
 from ldadam_dist.layout import MatrixLayout
-from ldadam_dist.rules import compute_dtype, state_shapes, stored_error_dtype
+from ldadam_dist.quantized import FORMATS, Quantized
+from ldadam_dist.rules import state_shapes, stored_error_dtype, stored_state_dtype
 
 PARTS = {"projector": "projector", "exp_avg": "moments", "exp_avg_sq": "moments", "error": "error"}
 """How each state of a matrix is cut; see the adapters' `new_state`."""
+
+SCALE = "error_scale"
+"""Beside an "error" of codes, their scales; both are plain tensors, of this process's part. No state dict has it."""
 
 
 def stored_shapes(entry: Entry) -> dict[str, tuple[int, ...]]:
@@ -41,25 +46,70 @@ def init_state(entry: Entry) -> None:
     """Create what is missing of a parameter's state, without a gradient too: checkpoints want it for every one."""
     if not entry.present:
         return
-    param, group, state = entry.param, entry.group, entry.state
-    shapes = state_shapes(entry.shape, group)
+    param, adapter, group, state = entry.param, entry.adapter, entry.group, entry.state
+    shapes, dtype = state_shapes(entry.shape, group), _state_dtype(entry)
     if not state:
         state["step"] = torch.zeros(shapes["step"], dtype=torch.float32, device="cpu")  # whatever the defaults
         if entry.matrices is None:
-            state["exp_avg"], state["exp_avg_sq"] = entry.adapter.new_moment(param), entry.adapter.new_moment(param)
+            state["exp_avg"], state["exp_avg_sq"] = adapter.new_moment(param, dtype), adapter.new_moment(param, dtype)
         else:
             for key in ("exp_avg", "exp_avg_sq", "projector"):
-                dtype = compute_dtype(param.dtype)
-                state[key] = entry.adapter.new_state(param, shapes[key], PARTS[key], entry.side, dtype)
+                state[key] = adapter.new_state(param, shapes[key], PARTS[key], entry.side, dtype)
     if entry.matrices is not None and group["error_feedback"] and "error" not in state:
-        dtype = stored_error_dtype(param.dtype, group["error_dtype"])
-        state["error"] = entry.adapter.new_state(param, shapes["error"], "error", entry.side, dtype)
+        if group["error_dtype"] in FORMATS:
+            state["error"], state[SCALE] = _new_codes(entry)
+        else:
+            error_dtype = stored_error_dtype(param.dtype, group["error_dtype"])
+            state["error"] = adapter.new_state(param, shapes["error"], "error", entry.side, error_dtype)
+
+
+def decoded(entry: Entry, state: Mapping[str, Any]) -> dict[str, Any]:
+    """A state as a state dict has it: with an error of floating numbers, laid out like one that is stored so."""
+    if SCALE not in state:
+        return dict(state)
+    shape = state_shapes(entry.shape, entry.group)["error"]
+    local_shape = entry.adapter.local_shape(shape, "error", entry.side)
+    stored = Quantized(state["error"].flatten(0, -2), state[SCALE].flatten(0, -2), local_shape[-1])
+    dtype = stored_error_dtype(entry.param.dtype, stored.format.name)
+    local = stored.to(device=state["error"].device, dtype=dtype).view(local_shape)
+    error = entry.adapter.as_state(local, entry.param, shape, "error", entry.side)
+    return {key: error if key == "error" else value for key, value in state.items() if key != SCALE}
+
+
+def stored(entry: Entry, state: Mapping[str, Any]) -> dict[str, Any]:
+    """The tensors of a state dict in the form in which this parameter's group keeps them, without `step`."""
+    kept = {key: v.to(device=entry.param.device) for key, v in state.items() if isinstance(v, Tensor) and key != "step"}
+    for key in kept.keys() & {"exp_avg", "exp_avg_sq", "projector"}:
+        kept[key] = kept[key].to(_state_dtype(entry))
+    if "error" in kept:
+        local = entry.adapter.local(kept["error"])
+        if entry.group["error_dtype"] in FORMATS:
+            kept["error"], kept[SCALE] = _new_codes(entry)
+            codes = Quantized(kept["error"].flatten(0, -2), kept[SCALE].flatten(0, -2), local.shape[-1])
+            codes.load(local.reshape(-1, local.shape[-1]))
+        else:
+            kept["error"] = kept["error"].to(stored_error_dtype(entry.param.dtype, entry.group["error_dtype"]))
+    return kept
+
+
+def _state_dtype(entry: Entry) -> torch.dtype:
+    """dtype of projector and moments."""
+    return stored_state_dtype(entry.param.dtype, entry.group["state_dtype"], entry.matrices is not None)
+
+
+def _new_codes(entry: Entry) -> tuple[Tensor, Tensor]:
+    """Codes and scales of an error of zeros, of this process's part."""
+    form = FORMATS[entry.group["error_dtype"]]
+    shape = state_shapes(entry.shape, entry.group)["error"]
+    codes, scales = form.shapes(entry.adapter.local_shape(shape, "error", entry.side))
+    device = entry.adapter.local(entry.param).device
+    return torch.zeros(codes, dtype=form.dtype, device=device), torch.zeros(scales, dtype=torch.uint8, device=device)
 
 
 def matrices_here(entry: Entry, layout: MatrixLayout) -> list[Matrix]:
     """Views of the matrices of a parameter that lie on this process, transposed for a right projection."""
     local, columns = entry.adapter.local, slice(*layout.slice_in_weight)
-    grad, weight = entry.grad, local(entry.param)
+    grad, weight, stochastic = entry.grad, local(entry.param), entry.group["stochastic_rounding"]
 
     def each(tensor: Tensor) -> Sequence[Tensor]:
         if entry.stacked:
@@ -70,10 +120,20 @@ def matrices_here(entry: Entry, layout: MatrixLayout) -> list[Matrix]:
         return [matrix if entry.side == "left" else matrix.mT for matrix in each(tensor)]
 
     factors = [each(local(entry.state[key])) for key in ("projector", "exp_avg", "exp_avg_sq")]
-    errors = oriented(local(entry.state["error"])) if entry.group["error_feedback"] else [None] * len(factors[0])
+    errors: Sequence[Tensor | Quantized | None] = [None] * len(factors[0])
+    if entry.group["error_feedback"] and SCALE in entry.state:
+        length = entry.adapter.local_shape(state_shapes(entry.shape, entry.group)["error"], "error", entry.side)[-1]
+        pairs = zip(each(entry.state["error"]), each(entry.state[SCALE]), strict=True)
+        errors = [Quantized(codes, scales, length, transposed=entry.side == "right") for codes, scales in pairs]
+    elif entry.group["error_feedback"]:
+        errors = oriented(local(entry.state["error"]))
     if entry.adapter.cut is not None:  # a single matrix, whose rows are completed in the step
         (projector,), (exp_avg,), (exp_avg_sq,) = factors
         stored = (grad, weight, errors[0], projector, exp_avg, exp_avg_sq)
-        return [CutMatrix(layout, *stored, cut=entry.adapter.cut, transposed=entry.side == "right", elements=weight)]
+        cut, right = entry.adapter.cut, entry.side == "right"
+        return [CutMatrix(layout, *stored, cut=cut, transposed=right, elements=weight, stochastic=stochastic)]
     grads, weights = oriented(grad), oriented(weight)
-    return [Matrix(layout, g[:, columns], *rest) for g, *rest in zip(grads, weights, errors, *factors, strict=True)]
+    return [
+        Matrix(layout, g[:, columns], *rest, stochastic=stochastic)
+        for g, *rest in zip(grads, weights, errors, *factors, strict=True)
+    ]

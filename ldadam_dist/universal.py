@@ -20,7 +20,7 @@ from ldadam_dist.entries import Entry
 from ldadam_dist.layout import Axis, Bounds, Part
 from ldadam_dist.packing import Packing, Runs, dtypes_of, overlaps, planes_of, read_planes
 from ldadam_dist.partitions import FlatParam, FlatPartition, Partitions
-from ldadam_dist.rules import compute_dtype, low_rank_matrices, stored_error_dtype
+from ldadam_dist.rules import low_rank_matrices, stored_error_dtype, stored_state_dtype
 from ldadam_dist.runtime import agree, exchange, finish
 from ldadam_dist.state import stored_shapes
 
@@ -54,7 +54,7 @@ class FlatForm:
         return {**state_dict, "state": state, "param_groups": groups}
 
     def load(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """What `save` was given, in the dtypes of its settings; a state dict that it did not make, as it is.
+        """What `save` was given, in the dtypes of the saved settings; a state dict that it did not make, as it is.
 
         Raises:
             ValueError: the state is of other settings, of another model or number of processes; on all processes.
@@ -212,7 +212,9 @@ def _named(
         runs = zip(_mine(entry, in_planes=True), planes, strict=False)
         return torch.cat([_run(entry, plane)[: stop - start].to(dtype) for (start, stop), plane in runs])
 
-    states = {e.name: _vector_state(e, steps[e.name], [_run(e, t) for t in pair]) for e in entries if not e.matrices}
+    states = {
+        e.name: _vector_state(e, group, steps[e.name], [_run(e, t) for t in pair]) for e in entries if not e.matrices
+    }
     for entry, vector in _exchanged(here, in_planes, partition, dtype, to_planes=False):
         states[entry.name] = _matrix_state(entry, group, steps[entry.name], vector)
     return {entry.name: states[entry.name] for entry in entries if entry.present}
@@ -223,20 +225,21 @@ def _read(entry: Entry, group: Mapping[str, Any], step: int, pair: Sequence[Tens
     if entry.matrices is None:
         elements = _elements(entry)
         start, stop = elements.starts[elements.index : elements.index + 2]
-        return _vector_state(entry, step, [t[start:stop] for t in pair])
+        return _vector_state(entry, group, step, [t[start:stop] for t in pair])
     vector = read_planes(planes_of(pair[0], pair[1]), _mine(entry, in_planes=False))
     return _matrix_state(entry, group, step, vector)
 
 
-def _vector_state(entry: Entry, step: int, pair: Sequence[Tensor]) -> dict[str, Tensor]:
-    exp_avg, exp_avg_sq = (planes_of(t, t)[0].to(entry.param.dtype, copy=True) for t in pair)
+def _vector_state(entry: Entry, group: Mapping[str, Any], step: int, pair: Sequence[Tensor]) -> dict[str, Tensor]:
+    dtype = stored_state_dtype(entry.param.dtype, group.get("state_dtype"), low_rank=False)
+    exp_avg, exp_avg_sq = (planes_of(t, t)[0].to(dtype, copy=True) for t in pair)
     return {"step": torch.tensor(float(step)), "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
 
 
 def _matrix_state(entry: Entry, group: Mapping[str, Any], step: int, vector: Tensor) -> dict[str, Tensor]:
     state = _packing(entry).split(vector, *_kept(entry))
     error = state.pop("error").to(stored_error_dtype(entry.param.dtype, group["error_dtype"]), copy=True)
-    dtype = compute_dtype(entry.param.dtype)
+    dtype = stored_state_dtype(entry.param.dtype, group.get("state_dtype"), low_rank=True)
     factors = {key: state[key].to(dtype, copy=True) for key in ("exp_avg", "exp_avg_sq", "projector")}
     kept = {"error": error} if group["error_feedback"] else {}
     return {"step": torch.tensor(float(step)), **factors, **kept}
@@ -362,6 +365,8 @@ def _complete(entry: Entry) -> dict[str, Tensor]:
 
 
 def _dtype(entries: Sequence[Entry]) -> torch.dtype:
-    """dtype that holds all states of a flat tensor: float32, or float64 where errors are kept so."""
-    dtype = torch.promote_types(entries[0].param.dtype, torch.float32)
-    return torch.promote_types(dtype, stored_error_dtype(dtype, entries[0].group["error_dtype"]))
+    """dtype that holds all states of a flat tensor: float32, or float64 where some are kept so."""
+    group, dtype = entries[0].group, torch.promote_types(entries[0].param.dtype, torch.float32)
+    state_dtype = stored_state_dtype(dtype, group.get("state_dtype"), low_rank=True)
+    error_dtype = stored_error_dtype(dtype, group["error_dtype"])
+    return torch.promote_types(torch.promote_types(dtype, state_dtype), error_dtype)

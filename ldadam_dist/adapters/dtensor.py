@@ -128,11 +128,14 @@ class MeshAdapter:
             side: the projected side, "left" for rows.
             dtype: of the state.
         """
-        local_shape = self._local_shape(shape, self._cuts(part, side)[-len(shape) :])
+        local = torch.zeros(self.local_shape(shape, part, side), dtype=dtype, device=self.device)
+        return self.as_state(local, param, shape, part, side)
+
+    def as_state(self, local: Tensor, param: Tensor, shape: Sequence[int], part: str, side: str) -> DTensor:
+        """The state of global `shape` of which this process has `local`; the arguments are those of `new_state`."""
         mesh, placements = self._place(len(shape), part, side)
         # An uneven shard does not tell the global shape: it must be given.
         stride = torch.empty(tuple(shape), device="meta").stride()
-        local = torch.zeros(local_shape, dtype=dtype, device=self.device)
         state = DTensor.from_local(local, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
         device = self.local(param).device
         return state if device.type == mesh.device_type else cast(DTensor, state.to(device))  # offloaded
@@ -173,17 +176,30 @@ class MeshAdapter:
             f"LDAdamW without process_group=."
         )
 
-    def new_moment(self, param: Tensor) -> Tensor:
+    def new_moment(self, param: Tensor, dtype: torch.dtype) -> Tensor:
         """A new moment of AdamW, of zeros, like the parameter."""
-        return torch.zeros_like(param, memory_format=torch.preserve_format)
+        return torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
 
     def state_shape(self, shape: Sequence[int], part: str, side: str) -> tuple[int, ...]:
         """Shape of the tensor that `new_state` makes: a DTensor tells the global one."""
         return tuple(shape)
 
-    def state_elements(self, shape: Sequence[int], part: str, side: str) -> int:
-        """Elements that this process holds of a state; the arguments are those of `new_state`."""
-        return math.prod(self._local_shape(shape, self._cuts(part, side)[-len(shape) :]))
+    def local_shape(self, shape: Sequence[int], part: str, side: str) -> tuple[int, ...]:
+        """Shape of what this process holds of a state; the arguments are those of `new_state`."""
+        return tuple(self._local_shape(shape, self._cuts(part, side)[-len(shape) :]))
+
+    def places(self, param: Tensor, shape: Sequence[int], start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Where elements are in the parameter, seen as a matrix (shape[0], rest); see `TensorAdapter.places`."""
+        bounds: list[Bounds] = [(0, length) for length in shape]
+        if isinstance(param, DTensor):
+            cuts, _ = mesh_dims_by_tensor_dim(param.placements, self.mesh.shape, param.ndim)
+            bounds = [self._bounds(length, dims) for length, dims in zip(shape, cuts, strict=True)]
+        device = self.local(param).device
+        columns = torch.zeros(1, dtype=torch.int64, device=device)
+        for length, (first, last) in zip(shape[1:], bounds[1:], strict=True):
+            columns = (columns[:, None] * length + torch.arange(first, last, device=device)).flatten()
+        offset = bounds[0][0] if bounds else 0
+        return torch.arange(offset + start, offset + stop, device=device)[:, None], columns[None]
 
     def owner_rank(self, owner: int, side: str) -> int:
         """Global rank of a matrix's owner, from its number among the processes that share the matrix."""

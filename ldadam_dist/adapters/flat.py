@@ -89,9 +89,13 @@ class FlatAdapter:
         """This process's part, of zeros, of a state of global `shape`; that of the error are whole rows."""
         return torch.zeros(self.state_shape(shape, part, side), dtype=dtype, device=param.device)
 
-    def new_moment(self, param: Tensor) -> Tensor:
+    def as_state(self, local: Tensor, param: Tensor, shape: Sequence[int], part: str, side: str) -> Tensor:
+        """The state of global `shape` of which this process has `local`."""
+        return local
+
+    def new_moment(self, param: Tensor, dtype: torch.dtype) -> Tensor:
         """A new moment of AdamW, of zeros, for the elements on this process."""
-        return torch.zeros_like(self.local(param))
+        return torch.zeros_like(self.local(param), dtype=dtype)
 
     def state_shape(self, shape: Sequence[int], part: str, side: str) -> tuple[int, ...]:
         """Shape of the tensor that `new_state` makes."""
@@ -115,9 +119,16 @@ class FlatAdapter:
             return rows
         return self._edges[self.elements.index + 1] - self._edges[self.elements.index]
 
-    def state_elements(self, shape: Sequence[int], part: str, side: str) -> int:
-        """Elements that this process holds of a state."""
-        return math.prod(self.state_shape(shape, part, side))
+    def local_shape(self, shape: Sequence[int], part: str, side: str) -> tuple[int, ...]:
+        """Shape of what this process holds of a state."""
+        return self.state_shape(shape, part, side)
+
+    def places(self, param: Tensor, shape: Sequence[int], start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Where elements `start` to `stop` of its run are in the parameter; see `TensorAdapter.places`."""
+        first = self.elements.starts[self.elements.index]
+        elements = torch.arange(first + start, first + stop, device=self._flat.device)[:, None]
+        columns = math.prod(shape[1:])
+        return elements // columns, elements % columns
 
     def owner_rank(self, owner: int, side: str) -> int:
         """Global rank of a matrix's owner, from its number among the processes that share the matrix."""

@@ -48,17 +48,37 @@ class TensorAdapter:
         """A new state tensor of zeros, of global `shape`."""
         return torch.zeros(tuple(shape), dtype=dtype, device=param.device)
 
-    def new_moment(self, param: Tensor) -> Tensor:
+    def as_state(self, local: Tensor, param: Tensor, shape: Sequence[int], part: str, side: str) -> Tensor:
+        """The state of global `shape` of which this process has `local`."""
+        return local
+
+    def new_moment(self, param: Tensor, dtype: torch.dtype) -> Tensor:
         """A new moment of AdamW, of zeros, like the parameter."""
-        return torch.zeros_like(param, memory_format=torch.preserve_format)
+        return torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
 
     def state_shape(self, shape: Sequence[int], part: str, side: str) -> tuple[int, ...]:
         """Shape of the tensor that `new_state` makes."""
         return tuple(shape)
 
-    def state_elements(self, shape: Sequence[int], part: str, side: str) -> int:
-        """Elements that this process holds of a state."""
-        return math.prod(shape)
+    def local_shape(self, shape: Sequence[int], part: str, side: str) -> tuple[int, ...]:
+        """Shape of what this process holds of a state."""
+        return tuple(shape)
+
+    def places(self, param: Tensor, shape: Sequence[int], start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Where elements are in the parameter, seen as a matrix (shape[0], rest).
+
+        Args:
+            param: the parameter.
+            shape: its global shape.
+            start, stop: bounds of the first dimension of its storage on this process.
+        Returns:
+            rows (stop − start, 1), and columns that are broadcast with them.
+        """
+        device = self.local(param).device
+        return (
+            torch.arange(start, stop, device=device)[:, None],
+            torch.arange(math.prod(shape[1:]), device=device)[None],
+        )
 
     def owner_rank(self, owner: int, side: str) -> int | None:
         """Nobody owns what nobody shares."""
