@@ -49,7 +49,7 @@ class Reference:
             if self.proj_method == "svd":
                 U = torch.linalg.svd(B, full_matrices=False)[0][:, :r]
             else:
-                U = torch.linalg.qr(B @ (B.T @ self.U))[0]
+                U = torch.linalg.qr(B @ self.projected(A, B))[0]
             g, R = U.T @ A, U.T @ self.U
             E = A + k * self.U @ self.M - U @ (g + k * R @ self.M)
             V = b2 * (R**2 @ (self.V / b2 - (self.M / b1) ** 2) + (R @ self.M / b1) ** 2).abs()
@@ -60,3 +60,7 @@ class Reference:
         if self.error_feedback:
             self.error = E if self.left else E.T
         self.weight = (1 - self.lr * self.weight_decay) * self.weight - self.lr * (update if self.left else update.T)
+
+    def projected(self, A: Tensor, B: Tensor) -> Tensor:
+        """BᵀU."""
+        return B.T @ self.U

@@ -135,7 +135,7 @@ class MeshAdapter:
         """The state of global `shape` of which this process has `local`; the arguments are those of `new_state`."""
         mesh, placements = self._place(len(shape), part, side)
         # An uneven shard does not tell the global shape: it must be given.
-        stride = torch.empty(tuple(shape), device="meta").stride()
+        stride = tuple(math.prod(max(length, 1) for length in shape[dim + 1 :]) for dim in range(len(shape)))
         state = DTensor.from_local(local, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
         device = self.local(param).device
         return state if device.type == mesh.device_type else cast(DTensor, state.to(device))  # offloaded
