@@ -92,15 +92,16 @@ def test_trainer_resumes_exactly(ranks: int, how: str, tmp_path: Path) -> None:
     assert run_ranks(ranks, train_and_resume, str(tmp_path), how) == [(True, True)] * ranks
 
 
-def accelerated(mode: str, group: Any) -> tuple[Any, nn.Module, Any]:
-    """An accelerator of its own state, and a prepared model and optimizer."""
+def accelerated(mode: str, group: Any, stored: dict[str, Any]) -> tuple[Any, nn.Module, Any]:
+    """An accelerator of its own state, and a prepared model and optimizer; `stored` says how it keeps states."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, PartialState
     from accelerate.utils import DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin
 
     AcceleratorState._reset_state(reset_partial_state=True)
     model = models.tiny_llama(torch.float32)
-    optimizer = LDAdamW(build_param_groups(model, rank=SETTINGS["rank"]), **SETTINGS, process_group=group)
+    groups = build_param_groups(model, rank=SETTINGS["rank"])
+    optimizer = LDAdamW(groups, **SETTINGS, **stored, process_group=group)
     if mode == "deepspeed":
         integration = quiet_deepspeed()
         config = {
@@ -141,18 +142,18 @@ def accelerated_steps(accelerator: Any, model: nn.Module, optimizer: Any, steps:
         optimizer.zero_grad()
 
 
-def save_and_load(folder: str, mode: str) -> tuple[bool, bool]:
+def save_and_load(folder: str, mode: str, **stored: Any) -> tuple[bool, bool]:
     """Whether weights and a state that were loaded go on as those that were saved; whether they moved."""
     if dist.is_initialized():
         like_torchrun()
     group = dist.group.WORLD if mode == "replicas" else None
-    accelerator, model, optimizer = accelerated(mode, group)
+    accelerator, model, optimizer = accelerated(mode, group, stored)
     accelerated_steps(accelerator, model, optimizer, range(SAVE_AT))
     accelerator.save_state(folder)
     before = copy.deepcopy(local_weights(model))
     accelerated_steps(accelerator, model, optimizer, range(SAVE_AT, STEPS))
     through = local_weights(model)
-    accelerator, model, optimizer = accelerated(mode, group)
+    accelerator, model, optimizer = accelerated(mode, group, stored)
     accelerator.load_state(folder)
     accelerated_steps(accelerator, model, optimizer, range(SAVE_AT, STEPS))
     same = [torch.equal(a, b) for a, b in zip(through, local_weights(model), strict=True)]
@@ -170,6 +171,16 @@ MODES = [(1, "plain"), (2, "ddp"), (2, "fsdp"), (2, "fsdp-full"), (2, "deepspeed
 @pytest.mark.parametrize(("ranks", "mode"), MODES)
 def test_accelerate_loads_what_it_saved_exactly(ranks: int, mode: str, tmp_path: Path) -> None:
     assert run_ranks(ranks, save_and_load, str(tmp_path), mode) == [(True, True)] * ranks
+
+
+def save_and_load_narrow(folder: str, mode: str) -> tuple[bool, bool]:
+    return save_and_load(folder, mode, error_dtype="int4", state_dtype="bfloat16", stochastic_rounding=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "mode"), MODES)
+def test_accelerate_loads_narrow_states_exactly(ranks: int, mode: str, tmp_path: Path) -> None:
+    assert run_ranks(ranks, save_and_load_narrow, str(tmp_path), mode) == [(True, True)] * ranks
 
 
 @pytest.mark.slow
