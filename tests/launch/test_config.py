@@ -10,13 +10,21 @@ from launch.compare import main as compare
 from launch.config import MODELS, ConfigError, parse_config
 from launch.distributed import World
 from launch.model import llama_config
-from launch.optim import lr_factor
+from launch.optim import build_optimizer, lr_factor
 from launch.pretrain import main as pretrain
 from launch.tokenizer import TextEncoder, train_bpe
 from launch.trainer import micro_batch_size
 
 CONFIGS = MODELS.parent / "pretrain"
 CPU = torch.device("cpu")
+
+
+def test_how_states_are_stored_reaches_the_optimizer(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--error_dtype", "int4", "--state_dtype", "bfloat16", "--stochastic_rounding", "true", "--rank", "4"]
+    optimizer = build_optimizer(torch.nn.Sequential(torch.nn.Linear(8, 8)), parse_config(options).optimizer)
+    for group in optimizer.param_groups:
+        assert (group["error_dtype"], group["state_dtype"], group["stochastic_rounding"]) == ("int4", "bfloat16", True)
+    assert "error_dtype" in refused(capsys, "--error_dtype", "int2")
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:

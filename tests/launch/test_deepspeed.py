@@ -181,6 +181,16 @@ def test_every_auto_is_filled_in(name: str, optimizer: str) -> None:
     assert "auto" not in found.values()
 
 
+def test_how_states_are_stored_is_the_runs_or_the_files(tmp_path: Path) -> None:
+    path = tmp_path / "zero.json"
+    changed = {"optimizer": {"params": {"error_dtype": "int8"}}}
+    path.write_text(json.dumps({**json.loads((FOLDER / "zero2.json").read_text()), **changed}))
+    options = ["--state_dtype", "bfloat16", "--stochastic_rounding", "true"]
+    found = dict(leaves(zero_settings(parse_config(["--deepspeed", str(path), *options]), TWO_RANKS, 8)))
+    expected = {"error_dtype": "int8", "state_dtype": "bfloat16", "stochastic_rounding": True}
+    assert {key: found[f"optimizer.params.{key}"] for key in expected} == expected
+
+
 @pytest.mark.parametrize(
     ("changed", "named"),
     [
@@ -193,6 +203,7 @@ def test_every_auto_is_filled_in(name: str, optimizer: str) -> None:
         ({"optimizer": {"type": "Muon"}}, "optimizer.type='Muon', but the run has optimizer=ldadamw: expected LDAdamW"),
         ({"optimizer": {"params": {"rank": 8}}}, "optimizer.params.rank=8, but the run needs 16 (rank=16)"),
         ({"optimizer": {"params": {"betas": [0.9, 0.95]}}}, "optimizer.params.betas=[0.9, 0.95], but"),
+        ({"optimizer": {"params": {"error_dtype": "int8"}}}, "error_dtype='int8', but the run needs 'int4'"),
         ({"zero_optimization": {"stage": 0}}, "zero_optimization.stage=0: expected 1, 2 or 3"),
         ({"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}}, "zero_optimization.reduce_bucket_size"),
         ({"scheduler": {"type": "WarmupLR"}}, "scheduler"),
@@ -202,7 +213,7 @@ def test_settings_that_do_not_fit_are_refused(changed: dict[str, Any], named: st
     path = tmp_path / "zero.json"
     path.write_text(json.dumps({**json.loads((FOLDER / "zero2.json").read_text()), **changed}))
     with pytest.raises(ConfigError) as refused:
-        zero_settings(parse_config(["--deepspeed", str(path)]), TWO_RANKS, 8)
+        zero_settings(parse_config(["--deepspeed", str(path), "--error_dtype", "int4"]), TWO_RANKS, 8)
     assert named in str(refused.value)
 
 
