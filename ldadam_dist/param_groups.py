@@ -150,13 +150,16 @@ def describe(
                   its dtype, m the projected and n the kept dimension; of a stack, for each of its matrices
         AdamW     2·m·n elements in the parameter's dtype
 
+    or in `state_dtype`. An error in "int8" or "int4" takes 33 or 17 bytes for every 32 elements of a row, or a part of
+    so many at its end.
+
     The columns of a convolution are all its dimensions but the first.
 
     Args:
         target: a model, parameter groups as `build_param_groups` returns them, or an optimizer.
         verbose: one line for each parameter.
         proj_type, error_feedback, error_dtype, state_dtype: as given to LDAdamW; by default what groups or optimizer
-            say, or else "std", True, the parameter's dtype (float32 for float16) and the rules above.
+            say, or else "std", True, the parameter's dtype (float32 for float16) and the dtypes above.
         options: for a model, the arguments of `build_param_groups` (rank, include, exclude, rank_pattern,
             convolutions).
     """
