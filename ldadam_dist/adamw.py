@@ -31,7 +31,8 @@ def step_vectors(entries: Iterable[Entry]) -> None:
             else:
                 whole.append(entry)
         if whole:
-            tensors = [[_stored(entry)[kind] for entry in whole] for kind in _KINDS]
+            stored = [_stored(entry) for entry in whole]
+            tensors = [[each[kind] for each in stored] for kind in _KINDS]
             _adamw(tensors, [entry.grad for entry in whole], [entry.state["step"] for entry in whole], whole[0].group)
 
 

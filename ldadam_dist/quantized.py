@@ -142,7 +142,7 @@ def _blocks(values: Tensor) -> Tensor:
     """(rows, blocks, BLOCK)"""
     rows, columns = values.shape
     blocks = -(-columns // BLOCK)
-    return pad(values, (0, blocks * BLOCK - columns)).view(rows, blocks, BLOCK)
+    return pad(values, (0, blocks * BLOCK - columns)).reshape(rows, blocks, BLOCK)
 
 
 def _numbers(scales: Tensor, dtype: torch.dtype) -> Tensor:

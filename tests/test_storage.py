@@ -45,7 +45,7 @@ class Stored(Reference):
         return (self.rho * self.M / (1 - self.betas[0] ** (self.t - 1)) + (1 - self.rho) * self.U.T @ A).T
 
 
-@pytest.mark.parametrize("shape", [(12, 40), (40, 12), (12, 64), (33, 31)])  # blocks that are full, and that are not
+@pytest.mark.parametrize("shape", [(12, 40), (64, 32), (12, 64), (33, 31)])  # blocks that are full, and that are not
 @pytest.mark.parametrize(
     ("settings", "oracle"),
     [
