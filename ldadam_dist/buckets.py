@@ -26,7 +26,7 @@ class Matrix:
 
     Attributes:
         layout: where it lies.
-        grad: (m_local, n_local).
+        grad: (m_local, n_local), or None if it is in the error already.
         weight: (m_local, n_local), under replicas all columns that they hold.
         error: (m_local, n_local), perhaps in 8 or 4 bits; None without error feedback.
         projector: (stored rows, r).
@@ -35,7 +35,7 @@ class Matrix:
     """
 
     layout: MatrixLayout
-    grad: Tensor
+    grad: Tensor | None
     weight: Tensor
     error: Tensor | Quantized | None
     projector: Tensor
@@ -84,10 +84,12 @@ def load_block(matrices: Sequence[Matrix], dtype: torch.dtype, device: torch.dev
         return parts[0].unsqueeze(0) if len(parts) == 1 else torch.stack(parts)
 
     errors = [matrix.error for matrix in matrices if matrix.error is not None]
-    accumulated = stack(errors if errors else (matrix.grad for matrix in matrices))
+    grads = [matrix.grad for matrix in matrices]
+    accumulated = stack(errors or [grad for grad in grads if grad is not None])
     if errors:
-        for total, matrix in zip(accumulated, matrices, strict=True):
-            total.add_(matrix.grad.to(device))
+        for total, grad in zip(accumulated, grads, strict=True):
+            if grad is not None:
+                total.add_(grad.to(device))
     return Block(
         accumulated=accumulated,
         weight=stack(matrix.weight for matrix in matrices),

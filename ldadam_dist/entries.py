@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +32,8 @@ class Entry:
         state: its state, empty if there is none yet.
         local_grad: its gradient on this process, if there is one; zeros where only another rank has one.
         statuses: of the gradient of each of its matrices (of the whole gradient for AdamW), on all ranks that share it.
+        accumulated: whether the gradient, if there is one, is in the error already (error_in_grad).
+        refusal: why nothing may be stepped, if something else is in it too.
     """
 
     name: str
@@ -43,6 +45,8 @@ class Entry:
     state: dict[str, Any] = field(default_factory=dict, repr=False)
     local_grad: Tensor | None = field(default=None, repr=False)
     statuses: list[int] = field(default_factory=list)
+    accumulated: bool = False
+    refusal: str = ""
 
     @property
     def status(self) -> int:
@@ -91,6 +95,13 @@ class Entry:
         """How each of its matrices is cut."""
         assert self.matrices is not None
         return self.adapter.layout(*self.matrices[1:], self.side, self.group["rank"])
+
+
+def names_of(group: Mapping[str, Any], number: int) -> list[str]:
+    """Names of a group's parameters for messages: their own, or their place."""
+    names: list[str] = group.get("param_names") or []
+    count = len(group["params"])
+    return names if len(names) == count else [f"#{i} of group {number}" for i in range(count)]
 
 
 def first_matrix(entries: Iterable[Entry]) -> str:

@@ -29,6 +29,7 @@ class CutMatrix(Matrix):
         elements: the weights of this process, a view into the flat parameter.
     """
 
+    grad: Tensor
     cut: RowCut
     transposed: bool
     elements: Tensor

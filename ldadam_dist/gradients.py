@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from functools import partial
 
@@ -25,7 +26,8 @@ def inspect_gradients(entries: Sequence[Entry]) -> bool:
     that only some ranks have is zero on the others.
 
     Raises:
-        RuntimeError: a gradient must be redistributed, and a rank does not have it so; raised on all ranks.
+        RuntimeError: a gradient must be redistributed, and a rank does not have it so, or an entry has a refusal;
+            raised on all ranks.
     """
     # A gradient that is laid out otherwise than its parameter is redistributed by all ranks together. Whether there is
     # one, and whether all have it, is told along with the statuses; usually there is none, and that is all.
@@ -34,7 +36,12 @@ def inspect_gradients(entries: Sequence[Entry]) -> bool:
         entry.local_grad = None if differs else entry.adapter.grad(entry.param)
     _read(entries)
     present = [entry.param.grad is not None for entry in entries]
-    (present, moved, kept), any_moved, unusable = _agree(entries, [present, moved, [not differs for differs in moved]])
+    (present, moved, kept), any_moved, unusable, refused = _agree(
+        entries, [present, moved, [not differs for differs in moved]]
+    )
+    if refused:
+        why = next(filter(None, (entry.refusal for entry in entries)), None)
+        raise RuntimeError(why or "another rank found something else than gradients in its errors, and says what.")
     if any_moved:
         mixed = [entry for entry, *both in zip(entries, moved, kept, strict=True) if all(both)]
         failed = torch.tensor([len(mixed)], dtype=torch.int32, device="cpu")
@@ -51,33 +58,52 @@ def inspect_gradients(entries: Sequence[Entry]) -> bool:
             with collective(f"redistribute (of the gradient of {entry.name})", partial(_sharing, entry)):
                 entry.local_grad = entry.adapter.grad(entry.param)
         _read(redistributed)
-        (present, *_), _, unusable = _agree(entries, [present, moved, kept])
+        (present, *_), _, unusable, _ = _agree(entries, [present, moved, kept])
     for entry, has_gradient in zip(entries, present, strict=True):
         if has_gradient:
             entry.statuses = [max(status, ZERO) for status in entry.statuses]
     return unusable
 
 
+def warn_skipped(bad: Sequence[str], changed: str, count: int) -> None:
+    """Warn the caller of `step` that it was skipped.
+
+    Args:
+        bad: names of the parameters whose gradients are unusable, as far as this rank knows.
+        changed: what has changed all the same, in a sentence.
+        count: steps skipped so far.
+    """
+    others = f" (and of {len(bad) - 1} more)" if len(bad) > 1 else ""
+    which = f"the gradient of {bad[0]}{others}" if bad else "a gradient, seen by the engine or on another rank,"
+    warnings.warn(
+        f"LDAdamW skipped this step: {which} is not finite, or too large to be squared. "
+        f"{changed} Steps skipped so far: {count}.",
+        stacklevel=6,  # beyond the two halves of step and torch's two wrappers of it
+    )
+
+
 def _sharing(entry: Entry) -> set[int]:
     return {rank for group, _ in entry.adapter.groups for rank in ranks_of(group)}
 
 
-def _agree(entries: Sequence[Entry], flags: Sequence[Sequence[bool]]) -> tuple[list[list[bool]], bool, bool]:
+def _agree(entries: Sequence[Entry], flags: Sequence[Sequence[bool]]) -> tuple[list[list[bool]], bool, bool, bool]:
     """Make the statuses those on which the ranks agree.
 
-    Only what a group shares is told to it: another process may have parameters of its own. Two things go along to
-    everyone: every process must redistribute, or skip the step, if one must.
+    Only what a group shares is told to it: another process may have parameters of its own. Three things go along to
+    everyone: every process must redistribute, skip the step, or refuse it, if one must.
 
     Args:
         entries: all parameters.
         flags: (present, moved, kept) of each gradient.
     Returns:
-        the flags that any rank has set, whether any gradient is moved anywhere, and whether any is unusable.
+        the flags that any rank has set, whether any gradient is moved anywhere, whether any is unusable, and whether
+        any is refused.
     """
     numbers = [entry.number for entry in entries]
     status = torch.tensor([s for entry in entries for s in entry.statuses], dtype=torch.int32, device="cpu")
     flagged = torch.tensor(flags, dtype=torch.int32, device="cpu")
-    everyone = torch.tensor([any(flags[1]), UNUSABLE in status.tolist()], dtype=torch.int32, device="cpu")
+    told_all = any(flags[1]), UNUSABLE in status.tolist(), any(entry.refusal for entry in entries)
+    everyone = torch.tensor(told_all, dtype=torch.int32, device="cpu")
     for group in groups_of(entries):
         has = torch.tensor([group in entry.adapter.groups for entry in entries], device="cpu")
         shared = has.repeat_interleave(torch.tensor(numbers, device="cpu"))
@@ -86,8 +112,8 @@ def _agree(entries: Sequence[Entry], flags: Sequence[Sequence[bool]]) -> tuple[l
         flagged[:, has] = told.view(len(flags), -1)
     for entry, statuses in zip(entries, status.split(numbers), strict=True):
         entry.statuses = statuses.tolist()
-    any_moved, unusable = everyone.bool().tolist()
-    return flagged.bool().tolist(), any_moved, unusable
+    any_moved, unusable, refused = everyone.bool().tolist()
+    return flagged.bool().tolist(), any_moved, unusable, refused
 
 
 def _read(entries: Sequence[Entry]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -15,8 +14,9 @@ from ldadam_dist import arguments
 from ldadam_dist.adamw import step_vectors
 from ldadam_dist.adapters import Adapter, adapter_for
 from ldadam_dist.consistency import check_ranks_agree
-from ldadam_dist.entries import UNUSABLE, Entry, first_matrix
-from ldadam_dist.gradients import inspect_gradients
+from ldadam_dist.entries import UNUSABLE, Entry, first_matrix, names_of
+from ldadam_dist.gradients import inspect_gradients, warn_skipped
+from ldadam_dist.in_grad import ErrorInGrad, refuse_replicas
 from ldadam_dist.lowrank import plan_windows, step_matrices
 from ldadam_dist.partitions import FlatPartition, Partitions
 from ldadam_dist.placement import Placement, placement
@@ -27,7 +27,7 @@ from ldadam_dist.state import init_state
 from ldadam_dist.state_dicts import Loading, with_floating_errors
 
 
-class LDAdamW(Optimizer):
+class LDAdamW(ErrorInGrad):
     """AdamW with low-rank moments in a subspace that follows the gradient at every step (arXiv 2410.16103).
 
     Each step of a matrix: the error of earlier projections is added to the gradient; one power iteration refreshes
@@ -73,6 +73,8 @@ class LDAdamW(Optimizer):
         communication: how a shared matrix is stepped: "lowrank", on its shards, which exchange low-rank factors;
             "gather", brought to the rank that owns it; "auto", as moves fewer elements. The numbers are the same.
         window_elements: elements of matrices in flight together on a rank; bounds the transient memory of a step.
+        error_in_grad: keep errors in `param.grad`, where backward adds gradients to them, which then need no memory of
+            their own. Only backward may write there (docs/performance.md); clip with `ldadam_dist.clip_grad_norm_`.
 
     Raises:
         ValueError: a hyperparameter out of range, arguments of another optimizer, flattened parameters, placements that
@@ -99,12 +101,14 @@ class LDAdamW(Optimizer):
         process_group: Any | None = None,
         communication: str = "auto",
         window_elements: int = WINDOW_ELEMENTS,
+        error_in_grad: bool = False,
         **unknown: Any,
     ) -> None:
         arguments.refuse_foreign(list(unknown))
         if unknown:
             raise TypeError(f"LDAdamW got an unexpected keyword argument {next(iter(unknown))!r}")
         arguments.check_window(window_elements)
+        refuse_replicas(error_in_grad, process_group)
         self.skipped_steps = 0
         self._process_group = process_group
         self._window = window_elements
@@ -127,7 +131,7 @@ class LDAdamW(Optimizer):
             flatten=False,
             communication=communication,
         )
-        super().__init__(params, defaults)
+        super().__init__(params, defaults, error_in_grad)
         arguments.check_projects([(e.name, e.param, e.group) for e in self._entries()])
         start_anew()
 
@@ -188,10 +192,12 @@ class LDAdamW(Optimizer):
                 group[key] = dtype_name(group[key])
             arguments.check_group(group)
             group["rank"] = int(group["rank"])
-            named = list(zip(_names(group, len(self.param_groups) - 1), group["params"], strict=True))
+            named = list(zip(names_of(group, len(self.param_groups) - 1), group["params"], strict=True))
             arguments.check_params(named, group, required)
             for name, param in named:
-                self._adapter(param, name, group["flatten"]).check(param, name)
+                entry = self._entry(name, param, group)
+                entry.adapter.check(param, name)
+                self._check_fits(entry)
             self._note(group)
         except Exception:
             self.param_groups.pop()
@@ -209,9 +215,10 @@ class LDAdamW(Optimizer):
             ValueError: a sparse gradient, a parameter on the meta device, or a group whose rank was changed after the
                 first step; nothing has changed then.
             RuntimeError: ranks have different parameters or settings, found at the first step; a gradient that must
-                be redistributed is missing on some rank; or DeepSpeed has flattened the parameters and no engine is
-                attached. Nothing has changed then either. Or a collective failed, as a rank has stalled or died,
-                which is named with the matrices: the run must start again from its last checkpoint.
+                be redistributed is missing on some rank; with error_in_grad, an error holds more than gradients; or
+                DeepSpeed has flattened the parameters and no engine is attached. Nothing has changed then either. Or a
+                collective failed, as a rank has stalled or died, which is named with the matrices: the run must start
+                again from its last checkpoint.
         """
         loss = None
         if closure is not None:
@@ -224,6 +231,12 @@ class LDAdamW(Optimizer):
             arguments.check_grad(entry.name, entry.param)
             arguments.check_storage(entry.name, entry.adapter.local(entry.param), entry.group["flatten"])
             arguments.check_unchanged(entry.name, entry.matrices is not None, entry.group, entry.state)
+        with self._errors_taken(entries):
+            self._step(entries)
+        return loss
+
+    def _step(self, entries: list[Entry]) -> None:
+        """Step what was found usable; collective."""
         with during(lambda: f"compared gradients with others, before the first matrix, {first_matrix(entries)}"):
             tensors = tuple(dict.fromkeys(id(entry.param) for entry in entries))
             if tensors not in self._agreed:
@@ -237,24 +250,15 @@ class LDAdamW(Optimizer):
 
         if unusable:
             if not overflowed or self._partitions.number(entries[0].param) == 0:
-                self._skip([entry.name for entry in entries if entry.status == UNUSABLE])
-            return loss
+                self.skipped_steps += 1
+                bad = [entry.name for entry in entries if entry.status == UNUSABLE]
+                warn_skipped(bad, self._forget_unusable(entries), self.skipped_steps)
+            return
 
         step_vectors(entry for entry in entries if entry.matrices is None)
         for together in self._stepped_together(entries):
             matrices = [entry for entry in together if entry.matrices is not None]
             step_matrices(matrices, self._windows(matrices))
-        return loss
-
-    def _skip(self, bad: list[str]) -> None:
-        self.skipped_steps += 1
-        others = f" (and of {len(bad) - 1} more)" if len(bad) > 1 else ""
-        which = f"the gradient of {bad[0]}{others}" if bad else "a gradient, seen by the engine or on another rank,"
-        warnings.warn(
-            f"LDAdamW skipped this step: {which} is not finite, or too large to be squared. "
-            f"No weight or state has changed. Steps skipped so far: {self.skipped_steps}.",
-            stacklevel=5,  # beyond step and torch's two wrappers of it
-        )
 
     def placement(self) -> Placement:
         """Where every parameter's states are, who owns its matrices, how it is stepped and what that moves.
@@ -279,10 +283,11 @@ class LDAdamW(Optimizer):
         Returns:
             what was made of them.
         Raises:
-            ValueError: parameters that do not fit into their flat tensors, or an optimizer with process_group=.
+            ValueError: parameters that do not fit into their flat tensors; process_group= or error_in_grad.
         """
-        if self._process_group is not None:
-            raise ValueError("an engine partitions the states itself: build LDAdamW without process_group=.")
+        if self._process_group is not None or self.error_in_grad:
+            what = "without process_group= and error_in_grad"
+            raise ValueError(f"an engine partitions states and gradients itself: build LDAdamW {what}.")
         found = Partitions(partitions, self.param_groups, overflowed)
         self._forget()
         self._partitions = found
@@ -345,7 +350,7 @@ class LDAdamW(Optimizer):
 
     def _entries_by_param(self) -> Iterator[tuple[Tensor, list[Entry]]]:
         for i, group in enumerate(self.param_groups):
-            for name, param in zip(_names(group, i), group["params"], strict=True):
+            for name, param in zip(names_of(group, i), group["params"], strict=True):
                 state = self.state.get(param, {})
                 if param in self._partitions:
                     yield param, list(self._partitions.entries(param, group, state))
@@ -354,8 +359,11 @@ class LDAdamW(Optimizer):
                     same_shapes = self._shapes.get(id(group)) == [global_shape(p) for p in group["params"]]
                     arguments.check_not_flattened(param, same_shapes)
                     self._note(group)
-                shape, adapter = global_shape(param), self._adapter(param, name, group["flatten"])
-                yield param, [Entry(name, param, group, adapter, low_rank_matrices(shape, group), shape, state)]
+                yield param, [self._entry(name, param, group, state)]
+
+    def _entry(self, name: str, param: Tensor, group: dict[str, Any], state: dict[str, Any] | None = None) -> Entry:
+        shape, adapter = global_shape(param), self._adapter(param, name, group["flatten"])
+        return Entry(name, param, group, adapter, low_rank_matrices(shape, group), shape, state or {})
 
     def _state_of(self, entry: Entry) -> dict[str, Any]:
         """Where the state of a parameter is kept; that of a flat tensor has one dict for each name."""
@@ -388,10 +396,3 @@ class LDAdamW(Optimizer):
             turn = self._partitions.number(entries[0].param) if entries else 0
             self._plans[tensors] = made_of, plan_windows(entries, self._window, turn)
         return self._plans[tensors][1]
-
-
-def _names(group: dict[str, Any], number: int) -> list[str]:
-    """Names of a group's parameters for messages: their own, or their place."""
-    names: list[str] = group.get("param_names") or []
-    count = len(group["params"])
-    return names if len(names) == count else [f"#{i} of group {number}" for i in range(count)]

@@ -109,7 +109,7 @@ def _new_codes(entry: Entry) -> tuple[Tensor, Tensor]:
 def matrices_here(entry: Entry, layout: MatrixLayout) -> list[Matrix]:
     """Views of the matrices of a parameter that lie on this process, transposed for a right projection."""
     local, columns = entry.adapter.local, slice(*layout.slice_in_weight)
-    grad, weight, stochastic = entry.grad, local(entry.param), entry.group["stochastic_rounding"]
+    weight, stochastic = local(entry.param), entry.group["stochastic_rounding"]
 
     def each(tensor: Tensor) -> Sequence[Tensor]:
         if entry.stacked:
@@ -129,11 +129,12 @@ def matrices_here(entry: Entry, layout: MatrixLayout) -> list[Matrix]:
         errors = oriented(local(entry.state["error"]))
     if entry.adapter.cut is not None:  # a single matrix, whose rows are completed in the step
         (projector,), (exp_avg,), (exp_avg_sq,) = factors
-        stored = (grad, weight, errors[0], projector, exp_avg, exp_avg_sq)
+        stored = (entry.grad, weight, errors[0], projector, exp_avg, exp_avg_sq)
         cut, right = entry.adapter.cut, entry.side == "right"
         return [CutMatrix(layout, *stored, cut=cut, transposed=right, elements=weight, stochastic=stochastic)]
-    grads, weights = oriented(grad), oriented(weight)
+    weights = oriented(weight)
+    grads = [None] * len(weights) if entry.accumulated else [grad[:, columns] for grad in oriented(entry.grad)]
     return [
-        Matrix(layout, g[:, columns], *rest, stochastic=stochastic)
-        for g, *rest in zip(grads, weights, errors, *factors, strict=True)
+        Matrix(layout, *tensors, stochastic=stochastic)
+        for tensors in zip(grads, weights, errors, *factors, strict=True)
     ]

@@ -45,17 +45,19 @@ ALLOWED = {
     "convert": {"zero_files", "universal", "packing", "rules"},
     "adamw": {"entries", "rounding", "rules"},
     "gradients": {"entries", "runtime"},
+    "error_buffers": {"entries"},
+    "in_grad": {"error_buffers", "entries", "rules"},
     "consistency": {"entries", "adapters", "runtime"},
     "state": {"entries", "adapters", "buckets", "fragments", "layout", "quantized", "rules"},
     "state_dicts": {"arguments", "entries", "partitions", "state"},
     "placement": {"entries", "state", "plan", "costs", "layout", "quantized", "rules", "tables"},
     "lowrank": {"entries", "state", "plan", "costs", "buckets", "fragments", "step", "requests", "runtime", "rules"},
     "optimizer": {
-        *("arguments", "rules", "adapters", "entries", "partitions", "gradients", "consistency", "state"),
+        *("arguments", "rules", "adapters", "entries", "partitions", "gradients", "in_grad", "consistency", "state"),
         "state_dicts",
         *("adamw", "lowrank", "plan", "placement", "runtime"),
     },
-    "__init__": {"_version", "optimizer", "param_groups", "traffic"},
+    "__init__": {"_version", "in_grad", "optimizer", "param_groups", "traffic"},
 }
 COMMUNICATES = {"runtime", "adapters", "traffic", "preflight"}
 READS_CHECKPOINTS = {"convert"}  # with torch.distributed.checkpoint, in one process

@@ -43,11 +43,13 @@ class MeshAdapter:
         copies: how many processes hold each element of the parameter.
         present: whether this process takes part in its steps, be it with an empty shard.
         cut: no row is cut.
+        averaged_in_backward: nobody writes averages into gradients.
     """
 
     sharded = True
     present = True
     cut = None
+    averaged_in_backward = False
 
     def __init__(
         self,
@@ -139,6 +141,16 @@ class MeshAdapter:
         state = DTensor.from_local(local, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
         device = self.local(param).device
         return state if device.type == mesh.device_type else cast(DTensor, state.to(device))  # offloaded
+
+    def as_grad(self, error: Tensor, param: Tensor) -> Tensor:
+        """The error, cut like the parameter, as a gradient of it: the same storage."""
+        if not isinstance(error, DTensor) or not isinstance(param, DTensor):
+            return error
+        mesh, placements = param.device_mesh, param.placements
+        if error.device_mesh == mesh and tuple(error.placements) == tuple(placements):
+            return error
+        local = error.to_local()
+        return DTensor.from_local(local, mesh, placements, run_check=False, shape=param.shape, stride=param.stride())
 
     def _place(self, ndim: int, part: str, side: str) -> tuple[DeviceMesh, tuple[Placement, ...]]:
         """The mesh and the placements of a state of so many dimensions."""

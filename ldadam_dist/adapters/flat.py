@@ -57,6 +57,7 @@ class FlatAdapter:
 
     sharded = False
     copies = 1
+    averaged_in_backward = False
 
     def __init__(
         self, flat: Tensor, elements: FlatRange, ranks: Sequence[int], group: Any, device: torch.device, columns: int
@@ -144,6 +145,10 @@ class FlatAdapter:
     def local(self, tensor: Tensor) -> Tensor:
         """The elements of the parameter on this process, as a matrix if they are whole rows; a state as it is."""
         return self._run(tensor.detach()) if tensor is self._flat else tensor.detach()
+
+    def as_grad(self, error: Tensor, param: Tensor) -> Tensor:
+        """Never asked: an engine's flat tensors have no errors in their gradients."""
+        raise NotImplementedError
 
     def must_redistribute(self, param: Tensor) -> bool:
         """Whether the gradient is not laid out like the parameter."""

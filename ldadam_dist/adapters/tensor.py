@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ldadam_dist.layout import Bounds, MatrixLayout, RowCut
@@ -32,6 +33,15 @@ class TensorAdapter:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+
+    @property
+    def averaged_in_backward(self) -> bool:
+        """Whether DDP may write the average of all processes into gradients at the end of a backward."""
+        return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+    def as_grad(self, error: Tensor, param: Tensor) -> Tensor:
+        """The error as a gradient of the parameter."""
+        return error
 
     def check(self, param: Tensor, name: str) -> None:
         """A whole tensor is as it says."""

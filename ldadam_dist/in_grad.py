@@ -1,0 +1,265 @@
+"""error_in_grad: the error of a matrix lies in `param.grad`, so that backward itself forms A = G + E.
+
+After a step the error is `state["error"]` and, with the same storage, `param.grad`. Backward accumulates the gradient
+into it, which saves the gradient's own memory and an addition. `error_buffers` sees to it that nothing else does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ldadam_dist.entries import UNUSABLE, Entry
+from ldadam_dist.error_buffers import Buffers
+from ldadam_dist.rules import global_shape, low_rank_matrices, stored_error_dtype
+
+_WHAT_TO_DO = (
+    "With error_in_grad=True nothing but backward may write into a gradient: clip with ldadam_dist.clip_grad_norm_, "
+    "reset with optimizer.zero_grad(), divide the loss instead of gradients, scale no loss, and give DDP "
+    "gradient_as_bucket_view=False; or build LDAdamW without error_in_grad. Nothing was stepped, but errors may be "
+    "spoilt: go on from a checkpoint."
+)
+
+_WITHOUT = "Build LDAdamW without error_in_grad, or set enable_lowrank=False for its group."
+
+
+class ErrorInGrad(Optimizer):
+    """What `LDAdamW` does with error_in_grad=True; without it nothing but an optimizer.
+
+    Args:
+        params, defaults: as `torch.optim.Optimizer`.
+        error_in_grad: whether errors lie in the gradients.
+    """
+
+    _partitions: Any
+    """What an engine has put in the place of the parameters."""
+
+    def __init__(self, params: Any, defaults: dict[str, Any], error_in_grad: bool) -> None:
+        self.error_in_grad, self._apart = error_in_grad, False
+        super().__init__(params, defaults)
+        self._start()
+
+    def _start(self) -> None:
+        self._buffers = Buffers()
+        if self.error_in_grad:
+            self.register_load_state_dict_pre_hook(_check_saved)
+            self.register_load_state_dict_post_hook(_take_loaded)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy or a pickle holds: the errors, and no gradients."""
+        return {**super().__getstate__(), "error_in_grad": self.error_in_grad, "_apart": self._apart}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a pickled or copied optimizer; `load_state_dict` ends here too."""
+        super().__setstate__(state)
+        self.__dict__.setdefault("error_in_grad", False)
+        self.__dict__.setdefault("_apart", False)
+        if "_buffers" not in self.__dict__:
+            self._start()
+            for param, kept in self.state.items():
+                if self.error_in_grad and "error" in kept:
+                    param.grad = None  # a copied tensor, unlike a copied nn.Parameter, has a copy of the error there
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Asked by `torch.amp.GradScaler` before it divides gradients or skips a step."""
+        if self.error_in_grad:
+            raise RuntimeError(
+                "GradScaler found LDAdamW with error_in_grad=True: expected no scaled loss, as gradients are accumulated "
+                "into errors that are not scaled. Train in bfloat16 or float32, which need no scaling, or build "
+                "LDAdamW without error_in_grad."
+            )
+        return False
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset gradients as `torch.optim.Optimizer.zero_grad`; with error_in_grad errors stay in `param.grad`.
+
+        A gradient that has been accumulated into an error and was not stepped stays in it, with a warning: it cannot be
+        taken out, and error feedback applies it later.
+        """
+        stay = [buffer.name for buffer in self._buffers if buffer.in_place and (buffer.pending or buffer.counted)]
+        for buffer in self._buffers:
+            buffer.withdraw()
+        super().zero_grad(set_to_none)
+        for buffer in self._buffers:
+            buffer.put()
+            buffer.pending = 0
+        if stay:
+            _warn_dropped(stay)
+
+    def keep_gradients_apart(self) -> None:
+        """From now on gradients are not accumulated into the errors, but added at the step: `clip_grad_norm_` calls it.
+
+        Raises:
+            RuntimeError: gradients have been accumulated into errors; nothing has changed then.
+        """
+        if not self.error_in_grad or self._apart:
+            return
+        self._buffers.check()
+        for buffer in self._buffers:
+            if buffer.in_place and (buffer.pending or buffer.problem):
+                raise RuntimeError(
+                    f"the gradient of {buffer.name} has already been accumulated into its error, and cannot be clipped "
+                    f"by itself: expected clip_grad_norm_ before the first step too. Where clipping begins later, call "
+                    f"optimizer.keep_gradients_apart() before the backward."
+                )
+        self._buffers.release()
+        self._apart = True
+
+    def _check_fits(self, entry: Entry) -> None:
+        """Raise ValueError if the error of a parameter cannot be its gradient."""
+        if not self.error_in_grad or entry.matrices is None or not entry.param.requires_grad:
+            return
+        _check_settings(entry.name, entry.param.dtype, entry.group)
+        if entry.adapter.copies > 1:
+            raise ValueError(
+                f"parameter {entry.name} lies on {entry.adapter.describe()}: with error_in_grad=True expected no "
+                f"replicas, each of which has a slice of the error and all of the gradient. {_WITHOUT}"
+            )
+        if entry.param.device.type not in (entry.adapter.device.type, "meta"):
+            raise ValueError(
+                f"parameter {entry.name} is offloaded to {entry.param.device.type}: with error_in_grad=True expected it "
+                f"on {entry.adapter.device.type}, where it is stepped. {_WITHOUT}"
+            )
+
+    @contextlib.contextmanager
+    def _errors_taken(self, entries: Sequence[Entry]) -> Iterator[None]:
+        """Around a step: tells entries whether A is in their error already, and makes the errors gradients again."""
+        if not self.error_in_grad:
+            yield
+            return
+        matrices = [entry for entry in entries if entry.matrices is not None]
+        self._buffers.check()
+        stay = []
+        for entry in matrices:
+            buffer, param = self._buffers.of(entry.param), entry.param
+            if buffer is None:
+                self._check_fits(entry)  # it may have been swapped since construction
+                continue
+            if buffer.pending and not buffer.in_place:
+                if not buffer.apart and param.grad is not None:
+                    buffer.problem = buffer.problem or "was replaced by another tensor after a backward"
+                stay.append(buffer.name)
+            if buffer.in_place and not buffer.pending:  # there is no gradient
+                buffer.withdraw()
+            entry.accumulated = buffer.in_place or param.grad is None
+            if buffer.problem:
+                entry.refusal = f"the buffer of error and gradient of {entry.name} {buffer.problem}. {_WHAT_TO_DO}"
+        try:
+            yield
+        except BaseException:
+            for entry in matrices:
+                buffer = self._buffers.of(entry.param)
+                if buffer is not None and entry.param.grad is None and not buffer.apart:
+                    buffer.put()
+            raise
+        if stay:
+            _warn_dropped(stay)
+        for entry in matrices:
+            if self._apart:
+                entry.param.grad = None
+            elif self._buffers.of(entry.param) or bool(entry.state["step"].any()):
+                self._buffers.link(entry)
+        self._buffers.remember()
+
+    def _forget_unusable(self, entries: Sequence[Entry]) -> str:
+        """Errors with an unusable gradient in them start again from zero. Returns what has changed, in words."""
+        lost = []
+        for entry in entries:
+            if not entry.accumulated or UNUSABLE not in entry.statuses:
+                continue
+            error, (start, stop) = entry.adapter.local(entry.state["error"]), entry.held
+            lost.append(entry.name)
+            for matrix, status in zip(error if entry.stacked else [error], entry.statuses[start:stop], strict=True):
+                if status == UNUSABLE:
+                    matrix.zero_()
+        if not self.error_in_grad or self._apart:
+            return "No weight or state has changed."
+        return (
+            f"No weight has changed. Errors that start again from zero: {', '.join(lost) or 'none here'}; the other "
+            f"gradients stay in their errors, and are applied later."
+        )
+
+
+def clip_grad_norm_(optimizer: Optimizer, max_norm: float, norm_type: float = 2.0) -> Tensor:
+    """`torch.nn.utils.clip_grad_norm_` of all parameters of an optimizer; call it between backward and step.
+
+    With error_in_grad gradients are clipped and not the errors: from the first call on they are accumulated apart, as
+    without error_in_grad, and added to the errors at the step. So call it from the first step on.
+
+    Args:
+        optimizer: an `LDAdamW`, or any other.
+        max_norm: largest norm; gradients of a larger one are scaled in place.
+        norm_type: of the norm, may be infinity.
+    Returns:
+        the norm before, a scalar; a DTensor where torch's is one. If it is not finite, so are the gradients then, and
+        `LDAdamW.step` is skipped.
+    Raises:
+        RuntimeError: gradients have been accumulated into errors already, or DeepSpeed, which clips by itself, steps
+            the parameters; nothing has changed then.
+    """
+    wrapped = getattr(optimizer, "optimizer", None)  # by accelerate
+    optimizer = wrapped if isinstance(wrapped, Optimizer) else optimizer
+    if isinstance(optimizer, ErrorInGrad):
+        if optimizer._partitions:
+            raise RuntimeError(
+                "DeepSpeed's engine steps these parameters: expected it to clip too. Set gradient_clipping in its JSON."
+            )
+        optimizer.keep_gradients_apart()
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    return torch.nn.utils.clip_grad_norm_(params, max_norm, norm_type)
+
+
+def refuse_replicas(error_in_grad: object, process_group: Any) -> None:
+    """Raise ValueError for error_in_grad with process_group=, or if it is neither True nor False."""
+    if not isinstance(error_in_grad, bool):
+        raise ValueError(f"error_in_grad={error_in_grad!r}: expected True or False.")
+    if error_in_grad and process_group is not None:
+        raise ValueError(
+            "error_in_grad=True with process_group=: each replica would have a slice of the error and all of the "
+            "gradient. Leave one of the two out."
+        )
+
+
+def _check_settings(name: str, dtype: torch.dtype, group: Mapping[str, Any]) -> None:
+    found = None
+    if not group.get("error_feedback", True):
+        found = "error_feedback=False, and so no error to keep in its gradient"
+    elif dtype == torch.float16:
+        found = "dtype torch.float16, which an accumulated error may overflow; use bfloat16"
+    elif stored_error_dtype(dtype, group.get("error_dtype")) != dtype:
+        found = f"dtype {dtype} and error_dtype={group['error_dtype']!r}, where one tensor has one dtype"
+    if found:
+        raise ValueError(f"parameter {name} with error_in_grad=True has {found}. {_WITHOUT}")
+
+
+def _check_saved(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+    """Before a state is loaded, which brings its settings along."""
+    for group, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=False):
+        for param in group["params"]:
+            if low_rank_matrices(global_shape(param), group):
+                _check_settings("of the saved state", param.dtype, saved)
+
+
+def _take_loaded(optimizer: Optimizer) -> None:
+    """After a state was loaded: no gradient is an error of before, and errors are fit to be gradients."""
+    assert isinstance(optimizer, ErrorInGrad)
+    optimizer._buffers.release()
+    for param, kept in optimizer.state.items():
+        if "error" in kept:
+            kept["error"] = kept["error"].to(param.dtype).contiguous()
+
+
+def _warn_dropped(names: Sequence[str]) -> None:
+    warnings.warn(
+        f"gradients that were not stepped stay in the errors of {', '.join(names[:4])}"
+        f"{' and others' if len(names) > 4 else ''}: with error_in_grad=True they cannot be taken out, and error "
+        f"feedback applies them later.",
+        stacklevel=3,
+    )
