@@ -144,12 +144,12 @@ class MeshAdapter:
 
     def as_grad(self, error: Tensor, param: Tensor) -> Tensor:
         """The error, cut like the parameter, as a gradient of it: the same storage."""
-        if not isinstance(error, DTensor) or not isinstance(param, DTensor):
-            return error
+        assert isinstance(error, DTensor)
+        assert isinstance(param, DTensor)
         mesh, placements = param.device_mesh, param.placements
-        if error.device_mesh == mesh and tuple(error.placements) == tuple(placements):
+        if (error.device_mesh, tuple(error.placements), error.shape) == (mesh, tuple(placements), param.shape):
             return error
-        local = error.to_local()
+        local = error.to_local().view(param.to_local().shape)
         return DTensor.from_local(local, mesh, placements, run_check=False, shape=param.shape, stride=param.stride())
 
     def _place(self, ndim: int, part: str, side: str) -> tuple[DeviceMesh, tuple[Placement, ...]]:

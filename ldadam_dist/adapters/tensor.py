@@ -40,8 +40,8 @@ class TensorAdapter:
         return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
     def as_grad(self, error: Tensor, param: Tensor) -> Tensor:
-        """The error as a gradient of the parameter."""
-        return error
+        """The error as a gradient of the parameter: the same tensor, or a view for what is flattened to a matrix."""
+        return error if error.shape == param.shape else error.view(param.shape)
 
     def check(self, param: Tensor, name: str) -> None:
         """A whole tensor is as it says."""
