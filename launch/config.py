@@ -137,6 +137,10 @@ class OptimizerOptions:
     stochastic_rounding: bool = option(
         False, "ldadamw: round what is stored narrower than it is computed up or down at random"
     )
+    error_in_grad: bool = option(
+        False,
+        "ldadamw: gradients accumulate into the errors; with clip=0 that saves their memory, and no norm is logged",
+    )
     warmup_steps: int = option(40, "steps of linear warm-up")
     min_lr_ratio: float = option(0.1, "the cosine ends at this share of the peak")
 
@@ -150,6 +154,10 @@ class OptimizerOptions:
         expect(
             self.betas is None or all(0 <= beta < 1 for beta in self.betas),
             f"betas={self.betas}: expected two numbers in [0, 1)",
+        )
+        expect(
+            not (self.error_in_grad and self.optimizer != "ldadamw"),
+            f"error_in_grad=True with optimizer={self.optimizer}, which has no error: remove one",
         )
         expect(self.rank >= 1, f"rank={self.rank}: expected at least 1")
         expect(0 <= self.rho < 1, f"rho={self.rho}: expected [0, 1)")
@@ -216,6 +224,10 @@ class Config:
         expect(
             self.optimizer.warmup_steps <= self.run.steps,
             f"warmup_steps={self.optimizer.warmup_steps} is longer than the run of steps={self.run.steps}",
+        )
+        expect(
+            not (self.optimizer.error_in_grad and self.model.deepspeed),
+            "error_in_grad=True with deepspeed, whose gradients are its own: remove one",
         )
 
     def flat(self) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from transformers import LlamaForCausalLM
 from launch.config import Config, ModelOptions, expect
 from launch.distributed import World
 from launch.optim import build_optimizer
+from ldadam_dist import clip_grad_norm_
 
 
 class Update(NamedTuple):
@@ -33,7 +34,7 @@ class Update(NamedTuple):
     loss: torch.Tensor
     """Mean over this rank's sequences."""
     grad_norm: torch.Tensor
-    """Over all ranks, before it is clipped; not finite in a step that was skipped."""
+    """Over all ranks, before it is clipped; not finite in a step that was skipped, or if it is not known."""
     seconds: float
     """Of the optimizer's step; DeepSpeed clips and gathers the weights in it."""
 
@@ -109,7 +110,7 @@ class TorchEngine(Engine):
         self.module = self._spread(model)
         self.module.train()
         self.optimizer = build_optimizer(self.module, config.optimizer)
-        self.clip = config.optimizer.clip or math.inf
+        self.clip, self.error_in_grad = config.optimizer.clip, config.optimizer.error_in_grad
         # One process without a process group saves and loads alone, as it should.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
@@ -134,10 +135,16 @@ class TorchEngine(Engine):
                 loss = self.loss(tokens) / len(micro_batches)
                 loss.backward()
             total += loss.detach()
-        norm = torch.nn.utils.clip_grad_norm_(self.module.parameters(), self.clip)
+        norm = self._clip()
         seconds = self.seconds(self.optimizer.step)
         self.optimizer.zero_grad(set_to_none=True)
         return Update(total, norm.full_tensor() if isinstance(norm, DTensor) else norm, seconds)
+
+    def _clip(self) -> torch.Tensor:
+        """Clip the gradients; their norm, which is not known (NaN) where they are one with the errors."""
+        if self.error_in_grad and not self.clip:
+            return torch.full((), math.nan)
+        return clip_grad_norm_(self.optimizer, self.clip or math.inf)
 
     def _accumulate(self, is_last: bool) -> contextlib.AbstractContextManager[None]:
         """Around forward and backward of one micro-batch: ranks exchange gradients with the last one only."""

@@ -39,6 +39,7 @@ def build_optimizer(model: nn.Module, options: OptimizerOptions) -> torch.optim.
             error_dtype=options.error_dtype,
             state_dtype=options.state_dtype,
             stochastic_rounding=options.stochastic_rounding,
+            error_in_grad=options.error_in_grad,
         )
     except ValueError as error:
         raise ConfigError(f"optimizer={options.optimizer}: {error}") from error

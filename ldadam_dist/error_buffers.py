@@ -1,9 +1,9 @@
 """The errors that lie in `param.grad` (error_in_grad), and what is written into them.
 
 Anything but backward that writes into such a buffer changes the error, so every buffer is watched. Hooks count what
-backward accumulates, and when a backward ends the tensor's version must have grown by just that. In-place operations
-on lists of DTensors, of which clipping is one, leave versions as they are (seen with torch 2.13 on CPU): so some elements
-of each buffer are remembered too, and must be the same at the step.
+backward accumulates, and when a backward ends the tensor's version must have grown by just that. But clipping DTensors
+and `GradScaler.unscale_` leave versions as they are (seen with torch 2.13 on CPU): so some elements of each buffer are
+remembered when a backward ends, and must be the same at the step.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ldadam_dist.entries import UNUSABLE, Entry
-from ldadam_dist.error_buffers import Buffers
+from ldadam_dist.error_buffers import Buffer, Buffers
 from ldadam_dist.rules import global_shape, low_rank_matrices, stored_error_dtype
 
 _WHAT_TO_DO = (
@@ -71,9 +71,9 @@ class ErrorInGrad(Optimizer):
         """Asked by `torch.amp.GradScaler` before it divides gradients or skips a step."""
         if self.error_in_grad:
             raise RuntimeError(
-                "GradScaler found LDAdamW with error_in_grad=True: expected no scaled loss, as gradients are accumulated "
-                "into errors that are not scaled. Train in bfloat16 or float32, which need no scaling, or build "
-                "LDAdamW without error_in_grad."
+                "GradScaler found LDAdamW with error_in_grad=True: expected no scaled loss, as gradients are "
+                "accumulated into errors that are not scaled. Train in bfloat16 or float32, which need no scaling, or "
+                "build LDAdamW without error_in_grad."
             )
         return False
 
@@ -83,7 +83,7 @@ class ErrorInGrad(Optimizer):
         A gradient that has been accumulated into an error and was not stepped stays in it, with a warning: it cannot be
         taken out, and error feedback applies it later.
         """
-        stay = [buffer.name for buffer in self._buffers if buffer.in_place and (buffer.pending or buffer.counted)]
+        stay = [buffer.name for buffer in self._buffers if buffer.pending or buffer.counted]
         for buffer in self._buffers:
             buffer.withdraw()
         super().zero_grad(set_to_none)
@@ -103,7 +103,9 @@ class ErrorInGrad(Optimizer):
             return
         self._buffers.check()
         for buffer in self._buffers:
-            if buffer.in_place and (buffer.pending or buffer.problem):
+            if buffer.problem:
+                raise RuntimeError(_refusal(buffer))
+            if buffer.pending:
                 raise RuntimeError(
                     f"the gradient of {buffer.name} has already been accumulated into its error, and cannot be clipped "
                     f"by itself: expected clip_grad_norm_ before the first step too. Where clipping begins later, call "
@@ -124,8 +126,8 @@ class ErrorInGrad(Optimizer):
             )
         if entry.param.device.type not in (entry.adapter.device.type, "meta"):
             raise ValueError(
-                f"parameter {entry.name} is offloaded to {entry.param.device.type}: with error_in_grad=True expected it "
-                f"on {entry.adapter.device.type}, where it is stepped. {_WITHOUT}"
+                f"parameter {entry.name} is offloaded to {entry.param.device.type}: with error_in_grad=True expected "
+                f"it on {entry.adapter.device.type}, where it is stepped. {_WITHOUT}"
             )
 
     @contextlib.contextmanager
@@ -134,52 +136,51 @@ class ErrorInGrad(Optimizer):
         if not self.error_in_grad:
             yield
             return
-        matrices = [entry for entry in entries if entry.matrices is not None]
-        self._buffers.check()
-        stay = []
-        for entry in matrices:
-            buffer, param = self._buffers.of(entry.param), entry.param
+        matrices = [(entry, self._buffers.of(entry.param)) for entry in entries if entry.matrices is not None]
+        for entry, buffer in matrices:
             if buffer is None:
                 self._check_fits(entry)  # it may have been swapped since construction
+        self._buffers.check()
+        stay, empty = [], []
+        for entry, buffer in matrices:
+            if buffer is None:
                 continue
-            if buffer.pending and not buffer.in_place:
-                if not buffer.apart and param.grad is not None:
-                    buffer.problem = buffer.problem or "was replaced by another tensor after a backward"
-                stay.append(buffer.name)
             if buffer.in_place and not buffer.pending:  # there is no gradient
                 buffer.withdraw()
-            entry.accumulated = buffer.in_place or param.grad is None
-            if buffer.problem:
-                entry.refusal = f"the buffer of error and gradient of {entry.name} {buffer.problem}. {_WHAT_TO_DO}"
+                empty.append(buffer)
+            if buffer.pending and not buffer.in_place:
+                stay.append(buffer.name)
+                if not buffer.apart and entry.param.grad is not None:
+                    buffer.problem = buffer.problem or "was replaced by another tensor after a backward"
+            entry.accumulated = buffer.in_place or entry.param.grad is None
+            entry.refusal = _refusal(buffer) if buffer.problem else ""
         try:
             yield
         except BaseException:
-            for entry in matrices:
-                buffer = self._buffers.of(entry.param)
-                if buffer is not None and entry.param.grad is None and not buffer.apart:
-                    buffer.put()
+            for buffer in empty:
+                buffer.put()
             raise
         if stay:
             _warn_dropped(stay)
-        for entry in matrices:
+        for entry, buffer in matrices:
             if self._apart:
                 entry.param.grad = None
-            elif self._buffers.of(entry.param) or bool(entry.state["step"].any()):
+            elif buffer is not None or bool(entry.state["step"].any()):
                 self._buffers.link(entry)
         self._buffers.remember()
 
     def _forget_unusable(self, entries: Sequence[Entry]) -> str:
         """Errors with an unusable gradient in them start again from zero. Returns what has changed, in words."""
-        lost = []
-        for entry in entries:
-            if not entry.accumulated or UNUSABLE not in entry.statuses:
+        lost, mixed = [], [entry for entry in entries if entry.accumulated]
+        for entry in mixed:
+            if UNUSABLE not in entry.statuses:
                 continue
-            error, (start, stop) = entry.adapter.local(entry.state["error"]), entry.held
             lost.append(entry.name)
+            error, (start, stop) = entry.adapter.local(entry.state["error"]), entry.held
             for matrix, status in zip(error if entry.stacked else [error], entry.statuses[start:stop], strict=True):
                 if status == UNUSABLE:
                     matrix.zero_()
-        if not self.error_in_grad or self._apart:
+        if not any(entry.local_grad is not None for entry in mixed):
             return "No weight or state has changed."
         return (
             f"No weight has changed. Errors that start again from zero: {', '.join(lost) or 'none here'}; the other "
@@ -254,6 +255,10 @@ def _take_loaded(optimizer: Optimizer) -> None:
     for param, kept in optimizer.state.items():
         if "error" in kept:
             kept["error"] = kept["error"].to(param.dtype).contiguous()
+
+
+def _refusal(buffer: Buffer) -> str:
+    return f"the buffer of error and gradient of {buffer.name} {buffer.problem}. {_WHAT_TO_DO}"
 
 
 def _warn_dropped(names: Sequence[str]) -> None:

@@ -286,8 +286,7 @@ class LDAdamW(ErrorInGrad):
             ValueError: parameters that do not fit into their flat tensors; process_group= or error_in_grad.
         """
         if self._process_group is not None or self.error_in_grad:
-            what = "without process_group= and error_in_grad"
-            raise ValueError(f"an engine partitions states and gradients itself: build LDAdamW {what}.")
+            raise ValueError("an engine cuts states itself: build LDAdamW without process_group= and error_in_grad.")
         found = Partitions(partitions, self.param_groups, overflowed)
         self._forget()
         self._partitions = found
