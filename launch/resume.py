@@ -108,8 +108,9 @@ def other_options(folder: Path, config: Config) -> str:
 
 def differences(saved: dict[str, Any], config: Config) -> str:
     current = config.flat()
-    different = [key for key in current if key not in FREE_ON_RESUME and saved.get(key) != current[key]]
-    return ", ".join(f"{key}={current[key]!r} (was {saved.get(key)!r})" for key in different)
+    before = {"error_in_grad": False, **saved}  # older runs do not name it
+    different = [key for key in current if key not in FREE_ON_RESUME and before.get(key) != current[key]]
+    return ", ".join(f"{key}={current[key]!r} (was {before.get(key)!r})" for key in different)
 
 
 def read_trainer_state(checkpoint: Path, config: Config) -> dict[str, Any]:

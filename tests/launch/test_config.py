@@ -82,6 +82,8 @@ def test_unknown_keys_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[
         ("--betas [0.9,1.0]", "betas"),
         ("--rho 1", "rho=1.0"),
         ("--rank 0", "rank=0"),
+        ("--error_in_grad true --optimizer adamw", "error_in_grad=True with optimizer=adamw"),
+        ("--error_in_grad true --deepspeed configs/deepspeed/zero2.json", "error_in_grad=True with deepspeed"),
         ("--clip -1", "clip=-1.0"),
         ("--steps 0", "steps=0"),
         ("--steps 10", "warmup_steps=40"),

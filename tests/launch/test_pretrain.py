@@ -104,6 +104,30 @@ def test_resumed_on_one_rank_goes_on_exactly(one_rank: Path, optimizer: str, tin
     assert_same_curves(read_log(folder), read_log(one_rank), relative=0)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["ldadamw"], indirect=True)
+def test_errors_in_gradients_train_like_errors_apart(
+    one_rank: Path, optimizer: str, tiny_config: Path, tmp_path: Path
+) -> None:
+    """Clipped, and without clipping, where a resumed run goes on exactly too."""
+    for name, options in {
+        "clipped": ["--error_in_grad", "true"],
+        "in": ["--error_in_grad", "true", "--clip", "0"],
+        "apart": ["--clip", "0"],
+    }.items():
+        assert pretrain(["--config", str(tiny_config), "--output_dir", str(tmp_path / name), *options]) == 0
+    assert_same_curves(read_log(tmp_path / "clipped"), read_log(one_rank), relative=0)
+    merged, apart = read_log(tmp_path / "in"), read_log(tmp_path / "apart")
+    assert values(merged, "grad_norm") == []
+    assert values(merged, "loss") == values(apart, "loss")
+    assert values(merged, "val_loss") == values(apart, "val_loss")
+    folder = interrupted(tmp_path / "in", tmp_path / "again")
+    checkpoint = str(folder / "checkpoints" / "step_000006")
+    options = ["--error_in_grad", "true", "--clip", "0", "--resume", checkpoint]
+    assert pretrain(["--config", str(tiny_config), *options]) == 0
+    assert values(read_log(folder), "loss") == values(merged, "loss")
+
+
 def test_checkpoint_of_two_ranks_goes_on_with_one(
     two_ranks: Path, optimizer: str, tiny_config: Path, tmp_path: Path
 ) -> None:
