@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, cast
 
 import models
 import pytest
@@ -12,6 +14,7 @@ from test_error_in_grad import MATRICES, backward, close, make, seen, train
 from torch import nn
 
 from ldadam_dist import LDAdamW
+from ldadam_dist.entries import Entry
 
 
 def clip_torchs(model: nn.Module, optimizer: LDAdamW) -> None:
@@ -94,6 +97,16 @@ def test_hooks_that_scale_gradients_in_the_backward_are_refused() -> None:
     backward(model, 1)
     with pytest.raises(RuntimeError, match=r"tall\.weight was written to 2 times while 1 gradients were accumulated"):
         optimizer.step()
+
+
+def test_offloaded_parameters_are_refused() -> None:
+    """With a stand-in for the adapter: an offloaded DTensor needs a mesh of GPUs."""
+    _, optimizer = make()
+    adapter = SimpleNamespace(copies=1, device=torch.device("cuda"))
+    group, shape = optimizer.param_groups[0], (12, 20)
+    entry = Entry("weight", nn.Parameter(torch.zeros(shape)), group, cast(Any, adapter), (1, *shape), shape)
+    with pytest.raises(ValueError, match=r"weight is offloaded to cpu: .* expected it on cuda"):
+        optimizer._check_fits(entry)
 
 
 def test_loss_scaling_is_refused_at_the_first_step() -> None:
