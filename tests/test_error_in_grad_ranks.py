@@ -117,7 +117,8 @@ def everything(layouts: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, floa
 
 
 LAYOUTS = [
-    (2, ("rows", "tp", "ddp", "ddp-view")),
+    (2, ("rows", "ddp")),
+    pytest.param(2, ("tp", "ddp-view"), marks=pytest.mark.slow),
     pytest.param(3, ("rows", "ddp"), marks=pytest.mark.slow),
     pytest.param(4, ("rows", "fsdp-tp", "fsdp-sp"), marks=pytest.mark.slow),
 ]
