@@ -12,6 +12,7 @@ from ldadam_dist.layout import MatrixLayout
 from ldadam_dist.quantized import Quantized
 from ldadam_dist.rounding import Place, write
 from ldadam_dist.step import Block
+from ldadam_dist.weights import Weights
 
 STACK_ELEMENTS = 2**15
 """Matrices of at most so many elements a shard are copied into one batch; larger ones are stepped in place."""
@@ -75,9 +76,11 @@ def batches(matrices: Iterable[tuple[Hashable, MatrixLayout]]) -> list[list[int]
     return done
 
 
-def load_block(matrices: Sequence[Matrix], dtype: torch.dtype, device: torch.device) -> Block:
-    """The batch in the dtype and on the device of the maths. One matrix that is there is not copied: A forms in its
-    error."""
+def load_block(matrices: Sequence[Matrix], dtype: torch.dtype, device: torch.device, t: int) -> Block:
+    """The batch in the dtype and on the device of the maths, for its `t`-th step.
+
+    A single matrix is not copied: A forms in its error, if that has the dtype, and its weight is changed where it is.
+    """
 
     def stack(tensors: Iterable[Tensor | Quantized]) -> Tensor:
         parts = [t.to(device=device, dtype=dtype) for t in tensors]
@@ -90,9 +93,11 @@ def load_block(matrices: Sequence[Matrix], dtype: torch.dtype, device: torch.dev
         for total, grad in zip(accumulated, grads, strict=True):
             if grad is not None:
                 total.add_(grad.to(device))
+    alone = len(matrices) == 1
+    weight = matrices[0].weight.unsqueeze(0) if alone else stack(matrix.weight for matrix in matrices)
     return Block(
         accumulated=accumulated,
-        weight=stack(matrix.weight for matrix in matrices),
+        weight=Weights(weight, matrices[0].place("weight", t) if alone else None),
         projector=stack(matrix.projector for matrix in matrices),
         exp_avg=stack(matrix.exp_avg for matrix in matrices),
         exp_avg_sq=stack(matrix.exp_avg_sq for matrix in matrices),
@@ -103,7 +108,7 @@ def store_block(matrices: Sequence[Matrix], block: Block, states: tuple[Tensor, 
     """Write a batch back that was stepped for the `t`-th time: weight and error where they were copied, and states."""
     for i, matrix in enumerate(matrices):
         for kind, target, source in (
-            ("weight", matrix.weight, block.weight),
+            ("weight", matrix.weight, block.weight.stored),
             ("error", matrix.error, block.accumulated),
             ("projector", matrix.projector, states[0]),
             ("exp_avg", matrix.exp_avg, states[1]),

@@ -111,7 +111,7 @@ def _exchange(
     cut = [matrix for matrix in matrices if isinstance(matrix, CutMatrix)]  # all or none
     if cut:
         yield from complete_rows(cut, device)
-    block = load_block(matrices, dtype, device)
+    block = load_block(matrices, dtype, device, t)
     states = yield from step(block)
     store_block(matrices, block, states, t)
     if cut:

@@ -32,6 +32,7 @@ from ldadam_dist.algebra import (
 )
 from ldadam_dist.layout import MatrixLayout, Part
 from ldadam_dist.requests import Delegate, Exchange, Gather, OnOwner, ScatterSum, Sum, alone
+from ldadam_dist.weights import Weights
 
 
 @dataclass(frozen=True)
@@ -50,18 +51,18 @@ class Hyper:
 
 @dataclass
 class Block:
-    """Local tensors of b matrices of equal layout, oriented, in the dtype of the computation.
+    """Local tensors of b matrices of equal layout, oriented, in the dtype of the computation but for the weight.
 
     Attributes:
         accumulated: (b, m_local, n_local), A = G + E; overwritten by the new error if there is error feedback, else
             only read.
-        weight: (b, m_local, n_local), under replicas all columns that they hold; updated in place.
+        weight: (b, m_local, n_local), under replicas all columns that they hold; updated in place, as it is stored.
         projector: (b, stored rows, r).
         exp_avg, exp_avg_sq: (b, r, stored columns).
     """
 
     accumulated: Tensor
-    weight: Tensor
+    weight: Weights
     projector: Tensor
     exp_avg: Tensor
     exp_avg_sq: Tensor
@@ -107,7 +108,7 @@ def ldadam_step(block: Block, layout: MatrixLayout, hyper: Hyper, t: int) -> Exc
     D = adam_direction(M, V, bias1=1 - beta1**t, bias2=1 - beta2**t, eps=hyper.eps)
     D = yield Gather(layout.over_m, D, -1, layout.n_local)
     D = yield Gather(layout.replicas, D, -1, layout.weight_columns)
-    block.weight.baddbmm_(U_new, D, beta=1 - hyper.lr * hyper.weight_decay, alpha=-hyper.lr)
+    block.weight.add_product_(U_new, D, keep=1 - hyper.lr * hyper.weight_decay, factor=-hyper.lr)
 
     return U_new[:, slice(*layout.stored_rows)], M, V
 
@@ -119,9 +120,10 @@ def step_on_owner(block: Block, layout: MatrixLayout, hyper: Hyper, t: int) -> E
     """
 
     def step_whole(A: Tensor, U: Tensor, M: Tensor, V: Tensor) -> tuple[Tensor, ...]:
-        whole = Block(accumulated=A, weight=torch.zeros_like(A), projector=U, exp_avg=M, exp_avg_sq=V)
+        update = torch.zeros_like(A)  # a zero weight becomes the update
+        whole = Block(accumulated=A, weight=Weights(update), projector=U, exp_avg=M, exp_avg_sq=V)
         states = alone(ldadam_step(whole, MatrixLayout(layout.m, layout.n, layout.rank), hyper, t))
-        return (whole.weight, *states, A)[: len(returns)]  # a zero weight becomes the update; A the error
+        return (update, *states, A)[: len(returns)]  # A has become the error
 
     matrix, projector = Part("block", layout.m, layout.n), Part("projector", layout.m, layout.rank)
     moments = Part("moments", layout.rank, layout.n)
@@ -132,7 +134,7 @@ def step_on_owner(block: Block, layout: MatrixLayout, hyper: Hyper, t: int) -> E
         block.accumulated = error[0]
 
     update = yield Gather(layout.replicas, update, -1, layout.weight_columns)
-    block.weight.mul_(1 - hyper.lr * hyper.weight_decay).add_(update)
+    block.weight.add_(update, keep=1 - hyper.lr * hyper.weight_decay)
     return U, M, V
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from ldadam_dist.layout import WHOLE, Axis, MatrixLayout, Part, Place
 from ldadam_dist.requests import Delegate, Gather, OnOwner, Request, ScatterSum, Sum
 from ldadam_dist.step import Block, Hyper, ldadam_step, step_on_owner
+from ldadam_dist.weights import Weights
 
 
 class Lockstep:
@@ -53,7 +54,7 @@ class Lockstep:
         for place, layout in self.layouts.items():
             local = grad[:, slice(*layout.m_range), slice(*layout.n_range)]
             accumulated = self.errors[place].add_(local) if hyper.error_feedback else local
-            blocks[place] = Block(accumulated, self.weights[place], *self.states[place])
+            blocks[place] = Block(accumulated, Weights(self.weights[place]), *self.states[place])
             exchanges[place] = self.step_function(blocks[place], layout, hyper, self.t)
         while answers:
             asked: dict[Place, Request] = {}

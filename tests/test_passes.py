@@ -72,3 +72,14 @@ def test_the_first_step_makes_none_either() -> None:
     """The randomised subspace iteration reads A twice an iteration, and once before."""
     counted = passes(steps=1, projector_init="randomized")
     assert [name for name in counted.made if "zeros" not in name] == []  # but for the error itself
+
+
+@pytest.mark.parametrize("proj_type", ["left", "right"])
+@pytest.mark.parametrize("options", [{}, {"stochastic_rounding": True}, {"error_dtype": "int4"}], ids=str)
+def test_of_what_is_stored_narrower_only_a_is_made(
+    proj_type: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights are changed by parts, and errors encoded so; the parts are made smaller here, as the matrix is small."""
+    monkeypatch.setattr("ldadam_dist.rounding.CHUNK", M * N // 8)
+    counted = passes(dtype=torch.bfloat16, proj_type=proj_type, **options)
+    assert len(counted.made) == 1, counted.made
