@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from ldadam_dist.entries import UNUSABLE, Entry
 from ldadam_dist.error_buffers import Buffer, Buffers
-from ldadam_dist.rules import global_shape, low_rank_matrices, stored_error_dtype
+from ldadam_dist.rules import QUANTIZED, global_shape, low_rank_matrices, stored_error_dtype
 
 _WHAT_TO_DO = (
     "With error_in_grad=True nothing but backward may write into a gradient: clip with ldadam_dist.clip_grad_norm_, "
@@ -234,18 +234,18 @@ def _check_settings(name: str, dtype: torch.dtype, group: Mapping[str, Any]) -> 
         found = "error_feedback=False, and so no error to keep in its gradient"
     elif dtype == torch.float16:
         found = "dtype torch.float16, which an accumulated error may overflow; use bfloat16"
-    elif stored_error_dtype(dtype, group.get("error_dtype")) != dtype:
+    elif group.get("error_dtype") in QUANTIZED or stored_error_dtype(dtype, group.get("error_dtype")) != dtype:
         found = f"dtype {dtype} and error_dtype={group['error_dtype']!r}, where one tensor has one dtype"
     if found:
         raise ValueError(f"parameter {name} with error_in_grad=True has {found}. {_WITHOUT}")
 
 
 def _check_saved(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-    """Before a state is loaded, which brings its settings along."""
+    """Before a state is loaded, which brings its settings along, but for how errors are stored."""
     for group, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=False):
         for param in group["params"]:
             if low_rank_matrices(global_shape(param), group):
-                _check_settings("of the saved state", param.dtype, saved)
+                _check_settings("of the saved state", param.dtype, {**saved, "error_dtype": group["error_dtype"]})
 
 
 def _take_loaded(optimizer: Optimizer) -> None:

@@ -120,13 +120,30 @@ def test_loss_scaling_is_refused_at_the_first_step() -> None:
     assert not plain._step_supports_amp_scaling
 
 
+@pytest.mark.parametrize("error_dtype", ["bfloat16", "int8", "int4"])
+def test_an_error_that_was_stored_otherwise_is_loaded_as_it_is_stored_here(error_dtype: str) -> None:
+    saver, loader = (nn.Parameter(torch.ones(12, 20)) for _ in range(2))
+    saved = LDAdamW([saver], rank=4, error_dtype=error_dtype)
+    saver.grad = torch.randn(12, 20)
+    saved.step()
+    optimizer = LDAdamW([loader], rank=4, error_in_grad=True)
+    optimizer.load_state_dict(saved.state_dict())
+    error = optimizer.state[loader]["error"]
+    assert torch.equal(error, saved.state_dict()["state"][0]["error"].float())
+    loader.grad = torch.randn(12, 20)
+    optimizer.step()
+    assert loader.grad is optimizer.state[loader]["error"]
+
+
 def test_settings_that_do_not_fit_are_refused() -> None:
     param = nn.Parameter(torch.zeros(12, 20))
     half = nn.Parameter(torch.zeros(12, 20, dtype=torch.float16))
+    brief = nn.Parameter(torch.zeros(12, 20, dtype=torch.bfloat16))
     for params, options, message in (
         ([param], {"error_feedback": False}, "error_feedback=False"),
         ([param], {"error_dtype": "bfloat16"}, "error_dtype='bfloat16'"),
         ([half], {}, "float16"),
+        ([brief], {"error_dtype": "int8"}, "error_dtype='int8'"),
         ([half], {"error_dtype": "float32"}, "float16"),
         ([param], {"process_group": object()}, "process_group="),
         ([param], {"error_in_grad": 1}, "expected True or False"),
@@ -139,10 +156,10 @@ def test_settings_that_do_not_fit_are_refused() -> None:
         optimizer.add_param_group({"params": [half]})
     assert len(optimizer.param_groups) == 1
     optimizer.add_param_group({"params": [half], "enable_lowrank": False})
-    plain = LDAdamW([nn.Parameter(torch.zeros(12, 20))], rank=4, error_dtype="bfloat16")
     alone = LDAdamW([nn.Parameter(torch.zeros(12, 20))], rank=4, error_in_grad=True)
-    with pytest.raises(ValueError, match=r"of the saved state .* has dtype torch.float32 and error_dtype='bfloat16'"):
-        alone.load_state_dict(plain.state_dict())
-    assert alone.param_groups[0]["error_dtype"] is None
+    without = LDAdamW([nn.Parameter(torch.zeros(12, 20))], rank=4, error_feedback=False)
+    with pytest.raises(ValueError, match=r"of the saved state .* error_feedback=False"):
+        alone.load_state_dict(without.state_dict())
+    assert alone.param_groups[0]["error_feedback"]
     with pytest.raises(ValueError, match="without process_group= and error_in_grad"):
         optimizer.attach_partitions([])
