@@ -10,12 +10,13 @@ from torch import Tensor
 
 from ldadam_dist.layout import MatrixLayout
 from ldadam_dist.quantized import Quantized
-from ldadam_dist.rounding import Place, write
+from ldadam_dist.rounding import Place, is_narrower, write
+from ldadam_dist.separate import Separate
 from ldadam_dist.step import Block
 from ldadam_dist.weights import Weights
 
 STACK_ELEMENTS = 2**15
-"""Matrices of at most so many elements a shard are copied into one batch; larger ones are stepped in place."""
+"""Matrices of at most so many elements a shard are copied into one batch; larger ones are stepped where they are."""
 
 BATCH_ELEMENTS = 2**21
 """Elements a shard in one batch of copied matrices."""
@@ -56,20 +57,22 @@ class Matrix:
         return Place(kind, t, *first[kind]) if self.stochastic and kind in first else None
 
 
-def batches(matrices: Iterable[tuple[Hashable, MatrixLayout]]) -> list[list[int]]:
-    """Indices of the matrices that are stepped together: equal keys, small enough to be copied.
+def batches(matrices: Iterable[tuple[Hashable, MatrixLayout, bool]]) -> list[list[int]]:
+    """Indices of the matrices that are stepped together: equal keys, and small enough to be copied, or separate.
 
     Args:
-        matrices: (key, layout) in the order of the parameters; keys hold all that must be equal in a batch.
+        matrices: (key, layout, separate) in the order of the parameters; keys hold all that must be equal in a batch.
+            `separate`: large ones may be together too, each where it is.
     Returns:
         batches in the order of their first matrices; the same on every process.
     """
     done: list[list[int]] = []
     filling: dict[Hashable, list[int]] = {}
-    for i, (key, layout) in enumerate(matrices):
+    for i, (key, layout, separate) in enumerate(matrices):
         size = layout.shard_elements
         batch = filling.get(key)
-        if batch is None or size > STACK_ELEMENTS or (len(batch) + 1) * size > BATCH_ELEMENTS:
+        full = not separate if size > STACK_ELEMENTS else (len(batch or ()) + 1) * size > BATCH_ELEMENTS
+        if batch is None or full:
             done.append([])
             batch = filling[key] = done[-1]
         batch.append(i)
@@ -79,25 +82,33 @@ def batches(matrices: Iterable[tuple[Hashable, MatrixLayout]]) -> list[list[int]
 def load_block(matrices: Sequence[Matrix], dtype: torch.dtype, device: torch.device, t: int) -> Block:
     """The batch in the dtype and on the device of the maths, for its `t`-th step.
 
-    A single matrix is not copied: A forms in its error, if that has the dtype, and its weight is changed where it is.
+    Large matrices are not copied: A forms in their errors, if these have the dtype, and weights are changed where they
+    are.
     """
 
+    def converted(tensors: Iterable[Tensor | Quantized]) -> list[Tensor]:
+        return [t.to(device=device, dtype=dtype) for t in tensors]
+
     def stack(tensors: Iterable[Tensor | Quantized]) -> Tensor:
-        parts = [t.to(device=device, dtype=dtype) for t in tensors]
+        parts = converted(tensors)
         return parts[0].unsqueeze(0) if len(parts) == 1 else torch.stack(parts)
 
+    large = matrices[0].layout.shard_elements > STACK_ELEMENTS
+    apart = len(matrices) > 1 and large
     errors = [matrix.error for matrix in matrices if matrix.error is not None]
     grads = [matrix.grad for matrix in matrices]
-    accumulated = stack(errors or [grad for grad in grads if grad is not None])
+    blocks = errors or [grad for grad in grads if grad is not None]
+    accumulated = Separate(converted(blocks)) if apart else stack(blocks)
     if errors:
         for total, grad in zip(accumulated, grads, strict=True):
             if grad is not None:
                 total.add_(grad.to(device))
-    alone = len(matrices) == 1
-    weight = matrices[0].weight.unsqueeze(0) if alone else stack(matrix.weight for matrix in matrices)
+    weights = [matrix.weight for matrix in matrices]
+    copied = len(matrices) > 1 and not large
+    stored = Separate(weights) if apart else stack(weights) if copied else weights[0].unsqueeze(0)
     return Block(
         accumulated=accumulated,
-        weight=Weights(weight, matrices[0].place("weight", t) if alone else None),
+        weight=Weights(stored, [None if copied else matrix.place("weight", t) for matrix in matrices]),
         projector=stack(matrix.projector for matrix in matrices),
         exp_avg=stack(matrix.exp_avg for matrix in matrices),
         exp_avg_sq=stack(matrix.exp_avg_sq for matrix in matrices),
@@ -106,6 +117,7 @@ def load_block(matrices: Sequence[Matrix], dtype: torch.dtype, device: torch.dev
 
 def store_block(matrices: Sequence[Matrix], block: Block, states: tuple[Tensor, Tensor, Tensor], t: int) -> None:
     """Write a batch back that was stepped for the `t`-th time: weight and error where they were copied, and states."""
+    targets, sources = [], []
     for i, matrix in enumerate(matrices):
         for kind, target, source in (
             ("weight", matrix.weight, block.weight.stored),
@@ -114,7 +126,15 @@ def store_block(matrices: Sequence[Matrix], block: Block, states: tuple[Tensor, 
             ("exp_avg", matrix.exp_avg, states[1]),
             ("exp_avg_sq", matrix.exp_avg_sq, states[2]),
         ):
+            place = matrix.place(kind, t)
             if isinstance(target, Quantized):
-                target.copy_(source[i], matrix.place(kind, t))
-            elif target is not None and target.data_ptr() != source[i].data_ptr():
-                write(target, source[i], matrix.place(kind, t))
+                target.copy_(source[i], place)
+            elif target is None or target.data_ptr() == source[i].data_ptr():
+                continue
+            elif place is not None and is_narrower(target.dtype, source.dtype):
+                write(target, source[i], place)
+            else:
+                targets.append(target)
+                sources.append(source[i])
+    if targets:
+        torch._foreach_copy_(targets, sources)  # one kernel for many, on a GPU

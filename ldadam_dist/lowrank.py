@@ -24,6 +24,8 @@ EXACT_INIT_SIZE = 256
 """With projector_init="auto", the first projector comes from an SVD if the smaller dimension of the matrix is at most
 this, and from a randomised subspace iteration if it is larger."""
 
+ONE_BY_ONE = ("cpu",)
+"""Types of devices on which large matrices are not batched."""
 
 _Moving: TypeAlias = tuple[Any, Unit, Matrix]
 """A matrix that is stepped: what must be equal in a batch, its place in the plan, its storage."""
@@ -97,11 +99,21 @@ def _stepped(entries: Sequence[Entry], moving: Sequence[_Moving]) -> str:
 
 
 def _jobs(moving: Sequence[_Moving]) -> Iterator[Job]:
-    for batch in batches([(key, matrix.layout) for key, _, matrix in moving]):
+    for batch in batches([(key, matrix.layout, _separate(key)) for key, _, matrix in moving]):
         (_, layout, communication, hyper, t, dtype, device), _, _ = moving[batch[0]]
         step = partial(step_on_owner if communication == "gather" else ldadam_step, layout=layout, hyper=hyper, t=t)
         matrices, owners = [moving[i][2] for i in batch], tuple(moving[i][1].owner for i in batch)
         yield Job(layout, device, owners, partial(_exchange, matrices, step, dtype, device, t))
+
+
+def _separate(key: Any) -> bool:
+    """Whether large matrices are stepped in one batch too. A GPU then starts fewer kernels, and its small ones do more.
+
+    On a CPU each stays by itself, and in the cache. What a step brings together whole must be a single tensor.
+    """
+    _, _, communication, hyper, t, _, device = key
+    by_products = communication == "lowrank" and hyper.proj_method == "power_iteration" and t > 1
+    return by_products and device.type not in ONE_BY_ONE
 
 
 def _exchange(

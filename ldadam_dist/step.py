@@ -32,6 +32,7 @@ from ldadam_dist.algebra import (
 )
 from ldadam_dist.layout import MatrixLayout, Part
 from ldadam_dist.requests import Delegate, Exchange, Gather, OnOwner, ScatterSum, Sum, alone
+from ldadam_dist.separate import Separate
 from ldadam_dist.weights import Weights
 
 
@@ -55,13 +56,13 @@ class Block:
 
     Attributes:
         accumulated: (b, m_local, n_local), A = G + E; overwritten by the new error if there is error feedback, else
-            only read.
+            only read. `Separate` only from the second power iteration on, and where matrices are not brought together.
         weight: (b, m_local, n_local), under replicas all columns that they hold; updated in place, as it is stored.
         projector: (b, stored rows, r).
         exp_avg, exp_avg_sq: (b, r, stored columns).
     """
 
-    accumulated: Tensor
+    accumulated: Tensor | Separate
     weight: Weights
     projector: Tensor
     exp_avg: Tensor
@@ -148,7 +149,7 @@ def next_projector(
         UtA = yield ScatterSum(layout.over_m, U.mT @ A)
         UtB = UtA.mul_(1 - rho).add_(M, alpha=rho / b1)
         UtB = yield Gather(layout.over_m, UtB, -1, layout.n_local)
-        Y = torch.baddbmm(U @ (M_whole @ UtB.mT), A, UtB.mT, beta=rho / b1, alpha=1 - rho)
+        Y = torch.baddbmm(A @ UtB.mT, U, M_whole @ UtB.mT, beta=1 - rho, alpha=rho / b1)
         return (yield OnOwner(Y, orthonormalize, layout.rank))
     B = torch.baddbmm(A, U, M_whole, beta=1 - rho, alpha=rho / b1)
     if hyper.proj_method == "svd":
