@@ -9,10 +9,10 @@ import inspect
 import sys
 import types
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,9 @@ from reference import Reference  # the equations
 
 Build = Callable[[list[nn.Parameter], list[nn.Parameter]], Optimizer]
 """Makes an optimizer for the matrices to be projected, and for the other parameters."""
+
+Giving = Literal["refer", "backward", "copy"]
+"""How gradients are given to an optimizer; see `give`."""
 
 BASELINE = "torch AdamW, fused"
 SIX_PRODUCTS = "six products, bare"
@@ -45,7 +48,7 @@ class Contender:
         gap: its first step's work recurs every so many steps; None if it never does.
         yardstick: SIX_PRODUCTS or AUTHORS_WAY if it is one of these, which learn nothing; else empty.
         ldadam: whether the yardsticks of its rank are for it.
-        error_in_grad: whether only a backward pass may set its gradients, as errors are in them.
+        gradients: how they are given to it; see `give`.
     """
 
     name: str
@@ -54,17 +57,31 @@ class Contender:
     gap: int | None = None
     yardstick: str = ""
     ldadam: bool = False
-    error_in_grad: bool = False
+    gradients: Giving = "refer"
 
 
-def give(optimizer: Optimizer, params: Sequence[Tensor], grads: Sequence[Tensor], backward: bool = False) -> None:
-    """Set the gradients of parameters, in their order: only referred to, or accumulated by a backward pass."""
-    if backward:
+def give(optimizer: Optimizer, params: Sequence[Tensor], grads: Sequence[Tensor], how: Giving = "refer") -> None:
+    """Set the gradients of parameters, in their order.
+
+    "refer" to them; have them accumulated by a "backward" pass, which alone may write where errors are; or "copy" them
+    to where they were before, as a CUDA graph reads them there.
+    """
+    if how == "backward":
         optimizer.zero_grad()
         torch.autograd.backward(params, grads)
         return
     for param, grad in zip(params, grads, strict=True):
-        param.grad = grad
+        if how == "refer":
+            param.grad = grad
+        elif param.grad is None:
+            param.grad = grad.clone()
+        else:
+            param.grad.copy_(grad)
+
+
+def giving(options: Mapping[str, Any]) -> Giving:
+    """How LDAdamW with these arguments wants its gradients."""
+    return "backward" if options.get("error_in_grad") else "refer"
 
 
 # Others' optimizers
@@ -111,7 +128,7 @@ def failure(contender: Contender, device: torch.device, dtype: torch.dtype) -> s
         optimizer = contender.build(matrices, others)
         for _ in range(2):
             grads = normal([(side, side), (side,)], 0.01, device, dtype)
-            give(optimizer, [*matrices, *others], grads, contender.error_in_grad)
+            give(optimizer, [*matrices, *others], grads, contender.gradients)
             optimizer.step()
     except Exception as error:  # whatever another's package, or another version of this one, does
         return _one_line(error)
@@ -166,18 +183,38 @@ def adamw() -> list[Contender]:
     ]
 
 
-def ldadamw(rank: int, options: Options) -> Contender:
-    """LDAdamW with some of its arguments."""
+def ldadamw(rank: int, options: Options, graph: bool = False) -> Contender:
+    """LDAdamW with some of its arguments, and perhaps replayed from a graph."""
 
     def build(matrices: list[nn.Parameter], others: list[nn.Parameter]) -> Optimizer:
         groups: list[dict[str, Any]] = [{"params": matrices}]
         if others:
             groups.append({"params": others, "enable_lowrank": False})
+        if graph:
+            return Replayed(groups, rank=rank, capturable=True, **options.values)
         return LDAdamW(groups, rank=rank, **options.values)
 
     name = f"LDAdamW, rank {rank}" + (f", {options.text.replace(',', ', ')}" if options.text else "")
-    in_grad = bool(options.values.get("error_in_grad"))
-    return Contender(name, build, rank, ldadam=True, error_in_grad=in_grad)
+    name += ", CUDA graph" if graph else ""
+    return Contender(name, build, rank, ldadam=True, gradients="copy" if graph else giving(options.values))
+
+
+class Replayed(LDAdamW):
+    """LDAdamW of which one step is a CUDA graph, captured after three others."""
+
+    graph: torch.cuda.CUDAGraph | None = None
+    taken = 0
+
+    def step(self, closure: Any = None) -> None:
+        self.taken += 1
+        if self.taken <= 3:
+            super().step()
+            return
+        if self.graph is None:
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                super().step()
+        self.graph.replay()
 
 
 def variants(asked: Sequence[Options]) -> list[Options]:
@@ -265,7 +302,12 @@ def yardsticks(rank: int) -> list[Contender]:
 
 
 def contenders(
-    ranks: Sequence[int], device: torch.device, dtype: torch.dtype, asked: Sequence[Options] = (), floors: bool = True
+    ranks: Sequence[int],
+    device: torch.device,
+    dtype: torch.dtype,
+    asked: Sequence[Options] = (),
+    floors: bool = True,
+    graphs: bool = False,
 ) -> tuple[list[Contender], list[str]]:
     """Everything that can be measured here, the baseline first, and a line on what is not torch's or this package's.
 
@@ -274,10 +316,13 @@ def contenders(
         device, dtype: where and in what each must run.
         asked: further arguments of LDAdamW, one contender for each and each rank.
         floors: with the yardsticks.
+        graphs: with LDAdamW replayed from a CUDA graph.
     """
     eight, eight_notes = eight_bit()
     peers, peer_notes = low_rank_peers(ranks)
     own = [ldadamw(rank, options) for rank in ranks for options in variants(asked)]
+    if graphs:
+        own += [ldadamw(rank, Options(""), graph=True) for rank in ranks]
     found, notes = adamw(), [*eight_notes, *peer_notes]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peers use what today's torch deprecates

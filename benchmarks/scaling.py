@@ -40,7 +40,7 @@ from torch.optim import AdamW
 
 from benchmarks import common
 from benchmarks.common import MODELS, Llama, Options, Report, each
-from benchmarks.contenders import give
+from benchmarks.contenders import give, giving
 from ldadam_dist import LDAdamW, Traffic
 from ldadam_dist.tables import format_bytes
 
@@ -150,7 +150,7 @@ def build(setting: Setting, device: str = "cpu") -> tuple[list[nn.Parameter], LD
     optimizer = LDAdamW(params, rank=setting.rank, **group, **setting.options)
 
     def give_gradients() -> None:
-        give(optimizer, params, gradients(params), bool(setting.options.get("error_in_grad")))
+        give(optimizer, params, gradients(params), giving(setting.options))
 
     return params, optimizer, give_gradients
 

@@ -115,7 +115,7 @@ def measure(
 
     def timed(i: int, turn: int) -> float:
         optimizer, params = made[i]
-        give(optimizer, params, gradients[turn % GRADIENT_SETS], entrants[i].error_in_grad)
+        give(optimizer, params, gradients[turn % GRADIENT_SETS], entrants[i].gradients)
         synchronize(device)
         start = time.perf_counter()
         optimizer.step()
@@ -225,7 +225,7 @@ def main(argv: Sequence[str] | None = None, shapes: Shapes | None = None) -> dic
     report = Report("step_time", argv, device, args.dtype)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peers use what today's torch deprecates
-        entrants, notes = contenders(args.ranks, device, dtype, args.options)
+        entrants, notes = contenders(args.ranks, device, dtype, args.options, graphs=device.type == "cuda")
         rows = measure(entrants, matrices, others, device, dtype, args.steps, args.warmup)
     facts: Mapping[str, str] = {
         "model": model.name if shapes is None else "given shapes",

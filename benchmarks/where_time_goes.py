@@ -195,7 +195,7 @@ def on_one_process(model: Llama, rank: int, options: Options, device: torch.devi
     params = [nn.Parameter(weight) for weight in normal(shapes, 2e-2, device, dtype)]
     gradients = normal(shapes, 1e-2, device, dtype)
     optimizer = contender.build(params, [])
-    return optimizer, functools.partial(give, optimizer, params, gradients, contender.error_in_grad), shapes
+    return optimizer, functools.partial(give, optimizer, params, gradients, contender.gradients), shapes
 
 
 def on_a_rank(setting: scaling.Setting, trace: Path | None) -> tuple[dict[str, tuple[float, float]], list[float]]:

@@ -17,23 +17,25 @@ from ldadam_dist.rules import compute_dtype
 _KINDS = ("weight", "exp_avg", "exp_avg_sq")
 
 
-def step_vectors(entries: Iterable[Entry]) -> None:
+def step_vectors(entries: Iterable[Entry], usable: Tensor | None = None) -> None:
     """Step every parameter that has a gradient, in place. It is element-wise, so shards need no communication.
 
     Args:
         entries: all parameters that are not projected, group by group.
+        usable: a tensor () that says on the device whether to step; then the host reads nothing.
     """
     for _, members in itertools.groupby(filter(_moves, entries), key=lambda entry: id(entry.group)):
         whole: list[Entry] = []
         for entry in members:
             if _is_copied(entry):
-                _step_in_parts(entry)
+                _step_in_parts(entry, usable)
             else:
                 whole.append(entry)
         if whole:
             stored = [_stored(entry) for entry in whole]
             tensors = [[each[kind] for each in stored] for kind in _KINDS]
-            _adamw(tensors, [entry.grad for entry in whole], [entry.state["step"] for entry in whole], whole[0].group)
+            steps = [entry.state["step"] for entry in whole]
+            _adamw(tensors, [entry.grad for entry in whole], steps, whole[0].group, usable)
 
 
 def _stored(entry: Entry) -> dict[str, Tensor]:
@@ -42,9 +44,17 @@ def _stored(entry: Entry) -> dict[str, Tensor]:
     return {kind: local(entry.param if kind == "weight" else entry.state[kind]) for kind in _KINDS}
 
 
-def _adamw(tensors: Sequence[list[Tensor]], grads: list[Tensor], steps: list[Tensor], group: Mapping[str, Any]) -> None:
+def _adamw(
+    tensors: Sequence[list[Tensor]],
+    grads: list[Tensor],
+    steps: list[Tensor],
+    group: Mapping[str, Any],
+    usable: Tensor | None,
+) -> None:
     """torch's AdamW of weights and moments, which `tensors` has in the order of `_KINDS`."""
     weights, exp_avgs, exp_avg_sqs = tensors
+    # The fused one alone can be told on the device to do nothing.
+    on_device: dict[str, Any] = {} if usable is None else {"fused": True, "found_inf": usable.logical_not().float()}
     adamw(
         weights,
         grads,
@@ -55,10 +65,11 @@ def _adamw(tensors: Sequence[list[Tensor]], grads: list[Tensor], steps: list[Ten
         amsgrad=False,
         beta1=group["betas"][0],
         beta2=group["betas"][1],
-        lr=float(group["lr"]),
+        lr=float(group["lr"]) if usable is None else group["lr"],
         weight_decay=group["weight_decay"],
         eps=group["eps"],
         maximize=False,
+        **on_device,
     )
 
 
@@ -69,23 +80,23 @@ def _is_copied(entry: Entry) -> bool:
     return {tensor.dtype for tensor in _stored(entry).values()} != {compute_dtype(entry.param.dtype)}
 
 
-def _step_in_parts(entry: Entry) -> None:
+def _step_in_parts(entry: Entry, usable: Tensor | None) -> None:
     """Step a parameter through copies of a part at a time, in the dtype of the computation."""
     stored, grad, step = _stored(entry), entry.grad, entry.state["step"]
     if grad.ndim == 0:
         stored, grad = {kind: tensor[None] for kind, tensor in stored.items()}, grad[None]
-    dtype, t = compute_dtype(entry.param.dtype), int(step) + 1
+    dtype, t = compute_dtype(entry.param.dtype), int(step) + 1 if usable is None else step + 1
     for start, stop in chunks(len(grad), math.prod(grad.shape[1:])):
         parts = {kind: tensor[start:stop] for kind, tensor in stored.items()}
         copies = {kind: part.to(dtype) for kind, part in parts.items()}
-        _adamw([[copies[kind]] for kind in _KINDS], [grad[start:stop].to(dtype)], [step.clone()], entry.group)
+        _adamw([[copies[kind]] for kind in _KINDS], [grad[start:stop].to(dtype)], [step.clone()], entry.group, usable)
         for kind, part in parts.items():
             if entry.group["stochastic_rounding"] and is_narrower(part.dtype, dtype):
                 bits = random_bits(kind, t, *entry.adapter.places(entry.param, entry.shape, start, stop))
                 part.copy_(rounded(copies[kind], part.dtype, bits.view(part.shape)))
             elif part.dtype != dtype:
                 part.copy_(copies[kind])
-    step += 1
+    step += 1 if usable is None else usable
 
 
 def _moves(entry: Entry) -> bool:

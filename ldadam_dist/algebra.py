@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
+
+from ldadam_dist.separate import Separate
+
+Factor: TypeAlias = float | Tensor
+"""A number; on the device, (b, 1, 1) or (), if it changes with the step in what a graph has captured."""
 
 _NULL = 32.0
 """A direction is numerically null below this many units of rounding of the largest one. Exactly dependent columns leave
@@ -119,8 +125,25 @@ def test_matrix(rows: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
 test_matrix.__test__ = False  # type: ignore[attr-defined]  # not a test, whatever pytest makes of the name
 
 
+def bias_corrections(
+    betas: tuple[float, float], steps: int | Tensor, dtype: torch.dtype
+) -> tuple[Factor, Factor]:
+    """1 − βᵢ^steps, of both moments.
+
+    Args:
+        betas: decay rates.
+        steps: taken so far; (b, 1, 1) float64 where the host does not know it.
+        dtype: of what they correct.
+    Returns:
+        two numbers; tensors like `steps`, in `dtype`, if that is one.
+    """
+    if isinstance(steps, Tensor):
+        return tuple((1 - beta**steps).to(dtype) for beta in betas)  # type: ignore[return-value]
+    return 1 - betas[0] ** steps, 1 - betas[1] ** steps
+
+
 def rotate_second_moment(
-    exp_avg_sq: Tensor, exp_avg: Tensor, rotation: Tensor, rotated_exp_avg: Tensor, *, bias1: float, bias2: float
+    exp_avg_sq: Tensor, exp_avg: Tensor, rotation: Tensor, rotated_exp_avg: Tensor, *, bias1: Factor, bias2: Factor
 ) -> Tensor:
     """Second moment expressed in the new subspace (LDAdam, projection-aware update).
 
@@ -139,11 +162,14 @@ def rotate_second_moment(
         (b, r, n), non-negative.
     """
     c = bias2 / bias1**2
+    if isinstance(c, Tensor):
+        variance = torch.addcmul(exp_avg_sq, exp_avg, -c * exp_avg)
+        return (rotation.square() @ variance).addcmul_(rotated_exp_avg, c * rotated_exp_avg).abs_()
     variance = torch.addcmul(exp_avg_sq, exp_avg, exp_avg, value=-c)
     return (rotation.square() @ variance).addcmul_(rotated_exp_avg, rotated_exp_avg, value=c).abs_()
 
 
-def adam_direction(exp_avg: Tensor, exp_avg_sq: Tensor, *, bias1: float, bias2: float, eps: float) -> Tensor:
+def adam_direction(exp_avg: Tensor, exp_avg_sq: Tensor, *, bias1: Factor, bias2: Factor, eps: float) -> Tensor:
     """Adam's bias-corrected direction (M/bias1) / (sqrt(V/bias2) + eps).
 
     Args:
@@ -157,7 +183,12 @@ def adam_direction(exp_avg: Tensor, exp_avg_sq: Tensor, *, bias1: float, bias2: 
     return torch.div(exp_avg, denominator, out=denominator)
 
 
-def add_products_(target: Tensor, products: Sequence[tuple[Tensor, Tensor, float]]) -> None:
+def add_scaled_(target: Tensor, source: Tensor, factor: Factor) -> Tensor:
+    """target += factor · source, in place; equal shapes."""
+    return target.addcmul_(source, factor) if isinstance(factor, Tensor) else target.add_(source, alpha=factor)
+
+
+def add_products_(target: Tensor | Separate, products: Sequence[tuple[Tensor, Tensor, Factor]]) -> None:
     """target += Σ factor · left right, in place and without a tensor of its size.
 
     Args:
@@ -172,4 +203,6 @@ def add_products_(target: Tensor, products: Sequence[tuple[Tensor, Tensor, float
         rights = torch.cat([factor * right for _, right, factor in products], dim=-2)
         products = [(lefts, rights, 1.0)]
     for left, right, factor in products:
+        if isinstance(factor, Tensor):
+            right, factor = factor * right, 1.0
         target.baddbmm_(left, right, alpha=factor)

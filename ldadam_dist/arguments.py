@@ -23,7 +23,7 @@ COMMUNICATIONS = ("auto", "lowrank", "gather")
 
 GROUP_KEYS = (
     "params param_names lr betas eps weight_decay rank rho proj_type proj_method error_feedback "
-    "projector_init error_dtype state_dtype stochastic_rounding flatten communication enable_lowrank"
+    "projector_init error_dtype state_dtype stochastic_rounding flatten communication enable_lowrank capturable"
 ).split()
 
 _FOREIGN = {
@@ -36,7 +36,7 @@ _FOREIGN = {
 }
 
 
-_TORCH_OPTIONS = ("maximize", "amsgrad", "foreach", "fused", "capturable", "differentiable")
+_TORCH_OPTIONS = ("maximize", "amsgrad", "foreach", "fused", "differentiable")
 _ALIASES = {
     "projection_type": "proj_type",
     "type": "proj_type",
@@ -88,7 +88,7 @@ def check_group(group: Mapping[str, Any]) -> None:
         if group[key] is not None:
             _check_choice(key, group[key], choices)
     _check_choice("communication", group["communication"], COMMUNICATIONS)
-    for key in ("error_feedback", "stochastic_rounding", "flatten", "enable_lowrank"):
+    for key in ("error_feedback", "stochastic_rounding", "flatten", "enable_lowrank", "capturable"):
         if not isinstance(group[key], bool):
             raise ValueError(f"{key}={group[key]!r}: expected True or False.")
 

@@ -45,7 +45,7 @@ class Matrix:
     exp_avg_sq: Tensor
     stochastic: bool = field(default=False, kw_only=True)
 
-    def place(self, kind: str, t: int) -> Place | None:
+    def place(self, kind: str, t: int | Tensor) -> Place | None:
         """Where the elements of a tensor are in the whole one at step t, if it is rounded stochastically."""
         m, n = self.layout.m_range[0], self.layout.n_range[0]
         first = {
@@ -79,11 +79,24 @@ def batches(matrices: Iterable[tuple[Hashable, MatrixLayout, bool]]) -> list[lis
     return done
 
 
-def load_block(matrices: Sequence[Matrix], dtype: torch.dtype, device: torch.device, t: int) -> Block:
-    """The batch in the dtype and on the device of the maths, for its `t`-th step.
+def load_block(
+    matrices: Sequence[Matrix],
+    dtype: torch.dtype,
+    device: torch.device,
+    t: Sequence[int | Tensor],
+    usable: Tensor | None = None,
+) -> Block:
+    """The batch in the dtype and on the device of the maths.
 
     Large matrices are not copied: A forms in their errors, if these have the dtype, and weights are changed where they
     are.
+
+    Args:
+        matrices: of equal layout.
+        dtype, device: of the maths.
+        t: the step that each takes.
+        usable: a tensor () that says on the device whether their gradients are; if not, they count as zeros, and
+            neither errors nor weights change. None if the host knows that they are.
     """
 
     def converted(tensors: Iterable[Tensor | Quantized]) -> list[Tensor]:
@@ -97,6 +110,8 @@ def load_block(matrices: Sequence[Matrix], dtype: torch.dtype, device: torch.dev
     apart = len(matrices) > 1 and large
     errors = [matrix.error for matrix in matrices if matrix.error is not None]
     grads = [matrix.grad for matrix in matrices]
+    if usable is not None:
+        grads = [grad if grad is None else torch.where(usable, grad, 0.0) for grad in grads]
     blocks = errors or [grad for grad in grads if grad is not None]
     accumulated = Separate(converted(blocks)) if apart else stack(blocks)
     if errors:
@@ -108,15 +123,28 @@ def load_block(matrices: Sequence[Matrix], dtype: torch.dtype, device: torch.dev
     stored = Separate(weights) if apart else stack(weights) if copied else weights[0].unsqueeze(0)
     return Block(
         accumulated=accumulated,
-        weight=Weights(stored, [None if copied else matrix.place("weight", t) for matrix in matrices]),
+        weight=Weights(stored, [None if copied else m.place("weight", at) for m, at in zip(matrices, t, strict=True)]),
         projector=stack(matrix.projector for matrix in matrices),
         exp_avg=stack(matrix.exp_avg for matrix in matrices),
         exp_avg_sq=stack(matrix.exp_avg_sq for matrix in matrices),
+        moves=1.0 if usable is None else usable.to(dtype),
     )
 
 
-def store_block(matrices: Sequence[Matrix], block: Block, states: tuple[Tensor, Tensor, Tensor], t: int) -> None:
-    """Write a batch back that was stepped for the `t`-th time: weight and error where they were copied, and states."""
+def store_block(
+    matrices: Sequence[Matrix],
+    block: Block,
+    states: tuple[Tensor, Tensor, Tensor],
+    t: Sequence[int | Tensor],
+    usable: Tensor | None = None,
+) -> None:
+    """Write a batch back: weights and errors where they were copied, and states.
+
+    Args:
+        matrices, t, usable: as in `load_block`.
+        block: what it made, stepped.
+        states: new projectors, exp_avg and exp_avg_sq.
+    """
     targets, sources = [], []
     for i, matrix in enumerate(matrices):
         for kind, target, source in (
@@ -126,15 +154,18 @@ def store_block(matrices: Sequence[Matrix], block: Block, states: tuple[Tensor, 
             ("exp_avg", matrix.exp_avg, states[1]),
             ("exp_avg_sq", matrix.exp_avg_sq, states[2]),
         ):
-            place = matrix.place(kind, t)
+            place, new = matrix.place(kind, t[i]), source[i]
             if isinstance(target, Quantized):
-                target.copy_(source[i], place)
-            elif target is None or target.data_ptr() == source[i].data_ptr():
+                target.copy_(new, place, usable)
                 continue
-            elif place is not None and is_narrower(target.dtype, source.dtype):
-                write(target, source[i], place)
+            if target is None or target.data_ptr() == new.data_ptr():
+                continue
+            if usable is not None and kind not in ("weight", "error"):  # which have not changed
+                new = torch.where(usable, new, target)
+            if place is not None and is_narrower(target.dtype, source.dtype):
+                write(target, new, place)
             else:
                 targets.append(target)
-                sources.append(source[i])
+                sources.append(new)
     if targets:
         torch._foreach_copy_(targets, sources)  # one kernel for many, on a GPU

@@ -8,6 +8,7 @@ from itertools import chain
 from typing import Any, TypeAlias
 
 import torch
+from torch import Tensor
 
 from ldadam_dist.buckets import Matrix, batches, load_block, store_block
 from ldadam_dist.costs import choose_communication
@@ -27,8 +28,8 @@ this, and from a randomised subspace iteration if it is larger."""
 ONE_BY_ONE = ("cpu",)
 """Types of devices on which large matrices are not batched."""
 
-_Moving: TypeAlias = tuple[Any, Unit, Matrix]
-"""A matrix that is stepped: what must be equal in a batch, its place in the plan, its storage."""
+_Moving: TypeAlias = tuple[Any, Unit, Matrix, int | Tensor]
+"""A matrix that is stepped: what must be equal in a batch, its place in the plan, its storage, the step's number."""
 
 
 def plan_windows(entries: Sequence[Entry], window: int, turn: int = 0) -> list[list[list[Unit]]]:
@@ -49,7 +50,9 @@ def plan_windows(entries: Sequence[Entry], window: int, turn: int = 0) -> list[l
     return make_plan(matrices, window, turn)
 
 
-def step_matrices(entries: Sequence[Entry], plan: Sequence[Sequence[Sequence[Unit]]]) -> None:
+def step_matrices(
+    entries: Sequence[Entry], plan: Sequence[Sequence[Sequence[Unit]]], usable: Tensor | None = None
+) -> None:
     """Step every matrix that has a gradient; collective.
 
     A matrix starts with its first gradient that is not zero everywhere; until then only its weight decays.
@@ -57,11 +60,12 @@ def step_matrices(entries: Sequence[Entry], plan: Sequence[Sequence[Sequence[Uni
     Args:
         entries: all parameters that are projected, as in `plan_windows`.
         plan: from `plan_windows`.
+        usable: a tensor () that says on the device whether to step; then the host reads nothing, and all have started.
     """
-    steps = [entry.state["step"].reshape(-1).tolist() if entry.present else [0.0] * entry.number for entry in entries]
+    steps = [_next_steps(entry) for entry in entries] if usable is None else _next_steps_there(entries)
     moves = [
-        [status == NONZERO or (status == ZERO and step > 0) for status, step in zip(e.statuses, counts, strict=True)]
-        for e, counts in zip(entries, steps, strict=True)
+        [s == NONZERO or (s == ZERO and t > 1) for s, t in zip(entry.statuses, ts, strict=True)]
+        for entry, ts in zip(entries, steps, strict=True)
     ]
 
     def moving(window: Sequence[Unit]) -> list[_Moving]:
@@ -73,13 +77,14 @@ def step_matrices(entries: Sequence[Entry], plan: Sequence[Sequence[Sequence[Uni
             if number >= stop or entry.statuses[number] == MISSING:
                 continue
             if unit.entry not in here:
-                here[unit.entry] = matrices_here(entry, unit.layout), _hyper(entry)
+                here[unit.entry] = matrices_here(entry, unit.layout), _hyper(entry, usable is not None)
             matrices, hyper = here[unit.entry]
             if moves[unit.entry][number]:
                 matrix = matrices[unit.slot]
-                how = (type(matrix), unit.layout, unit.communication, hyper, int(steps[unit.entry][number]) + 1)
+                t = steps[unit.entry][number]
+                how = (type(matrix), unit.layout, unit.communication, hyper, t if isinstance(t, int) else None)
                 where = (compute_dtype(entry.param.dtype), entry.adapter.device)
-                found.append(((*how, *where), unit, matrix))
+                found.append(((*how, *where), unit, matrix, t))
             else:  # there is no direction yet to project on
                 matrices[unit.slot].weight.mul_(1 - hyper.lr * hyper.weight_decay)
         return found
@@ -87,23 +92,46 @@ def step_matrices(entries: Sequence[Entry], plan: Sequence[Sequence[Sequence[Uni
     for windows in plan:
         together = [moving(window) for window in windows]
         with during(partial(_stepped, entries, list(chain(*together)))):
-            run(map(_jobs, together))
+            run(_jobs(moving, usable) for moving in together)
+    if usable is not None:
+        torch._foreach_add_([entry.state["step"] for entry in entries], [usable.float()] * len(entries))
+        return
     for entry, moved in zip(entries, moves, strict=True):
         if entry.present:
             step = entry.state["step"]
             step += torch.tensor(moved, device=step.device) if len(moved) > 1 else moved[0]
 
 
+def _next_steps(entry: Entry) -> list[Any]:
+    """The number of the step that each matrix takes."""
+    if not entry.present:
+        return [1] * entry.number
+    return [int(step) + 1 for step in entry.state["step"].reshape(-1).tolist()]
+
+
+def _next_steps_there(entries: Sequence[Entry]) -> list[list[Any]]:
+    """The same as float64 tensors (), which the host does not read."""
+    steps = torch.cat([entry.state["step"].reshape(-1) for entry in entries]).double() + 1
+    return [list(some) for some in steps.split([entry.number for entry in entries])]
+
+
 def _stepped(entries: Sequence[Entry], moving: Sequence[_Moving]) -> str:
-    return f"stepped {listed(dict.fromkeys(entries[unit.entry].name for _, unit, _ in moving))}"
+    return f"stepped {listed(dict.fromkeys(entries[unit.entry].name for _, unit, *_ in moving))}"
 
 
-def _jobs(moving: Sequence[_Moving]) -> Iterator[Job]:
-    for batch in batches([(key, matrix.layout, _separate(key)) for key, _, matrix in moving]):
-        (_, layout, communication, hyper, t, dtype, device), _, _ = moving[batch[0]]
-        step = partial(step_on_owner if communication == "gather" else ldadam_step, layout=layout, hyper=hyper, t=t)
-        matrices, owners = [moving[i][2] for i in batch], tuple(moving[i][1].owner for i in batch)
-        yield Job(layout, device, owners, partial(_exchange, matrices, step, dtype, device, t))
+def _jobs(moving: Sequence[_Moving], usable: Tensor | None) -> Iterator[Job]:
+    for batch in batches([(key, matrix.layout, _separate(key)) for key, _, matrix, _ in moving]):
+        (_, layout, communication, hyper, t, dtype, device), *_ = moving[batch[0]]
+        _, units, matrices, steps = zip(*(moving[i] for i in batch), strict=True)
+        at = torch.stack(steps).view(-1, 1, 1) if t is None else t
+        function: Callable[..., Exchange] = step_on_owner if communication == "gather" else ldadam_step
+        step = partial(function, layout=layout, hyper=hyper, t=at)
+        storage = (
+            partial(load_block, matrices, dtype, device, steps, usable),
+            partial(store_block, matrices, t=steps, usable=usable),
+        )
+        owners = tuple(unit.owner for unit in units)
+        yield Job(layout, device, owners, partial(_exchange, matrices, step, *storage, device))
 
 
 def _separate(key: Any) -> bool:
@@ -112,32 +140,36 @@ def _separate(key: Any) -> bool:
     On a CPU each stays by itself, and in the cache. What a step brings together whole must be a single tensor.
     """
     _, _, communication, hyper, t, _, device = key
-    by_products = communication == "lowrank" and hyper.proj_method == "power_iteration" and t > 1
+    by_products = communication == "lowrank" and hyper.proj_method == "power_iteration" and t != 1
     return by_products and device.type not in ONE_BY_ONE
 
 
 def _exchange(
-    matrices: list[Matrix], step: Callable[[Block], Exchange], dtype: torch.dtype, device: torch.device, t: int
+    matrices: Sequence[Matrix],
+    step: Callable[[Block], Exchange],
+    load: Callable[[], Block],
+    store: Callable[..., None],
+    device: torch.device,
 ) -> Exchange:
-    """The `t`-th step of equal matrices, from what is stored to what is stored."""
+    """A step of equal matrices, from what is stored to what is stored."""
     cut = [matrix for matrix in matrices if isinstance(matrix, CutMatrix)]  # all or none
     if cut:
         yield from complete_rows(cut, device)
-    block = load_block(matrices, dtype, device, t)
+    block = load()
     states = yield from step(block)
-    store_block(matrices, block, states, t)
+    store(block=block, states=states)
     if cut:
         yield from hand_back(cut, device)
 
 
-def _hyper(entry: Entry) -> Hyper:
+def _hyper(entry: Entry, on_device: bool) -> Hyper:
     group = entry.group
     assert entry.matrices is not None
     init, method = group["projector_init"], group["proj_method"]
     small = min(entry.matrices[1:]) <= EXACT_INIT_SIZE
     exact = init == "svd" or (init == "auto" and (method == "svd" or (small and method != "svd_lowrank")))
     return Hyper(
-        lr=float(group["lr"]),
+        lr=group["lr"] if on_device else float(group["lr"]),
         betas=(float(group["betas"][0]), float(group["betas"][1])),
         eps=group["eps"],
         weight_decay=group["weight_decay"],

@@ -13,10 +13,11 @@ from torch.optim import Optimizer
 from ldadam_dist import arguments
 from ldadam_dist.adamw import step_vectors
 from ldadam_dist.adapters import Adapter, adapter_for
+from ldadam_dist.capture import Capturable
 from ldadam_dist.consistency import check_ranks_agree
 from ldadam_dist.entries import UNUSABLE, Entry, first_matrix, names_of
 from ldadam_dist.gradients import inspect_gradients, warn_skipped
-from ldadam_dist.in_grad import ErrorInGrad, refuse_replicas
+from ldadam_dist.in_grad import refuse_replicas
 from ldadam_dist.lowrank import plan_windows, step_matrices
 from ldadam_dist.partitions import FlatPartition, Partitions
 from ldadam_dist.placement import Placement, placement
@@ -27,7 +28,7 @@ from ldadam_dist.state import init_state
 from ldadam_dist.state_dicts import Loading, with_floating_errors
 
 
-class LDAdamW(ErrorInGrad):
+class LDAdamW(Capturable):
     """AdamW with low-rank moments in a subspace that follows the gradient at every step (arXiv 2410.16103).
 
     Each step of a matrix: the error of earlier projections is added to the gradient; one power iteration refreshes
@@ -75,6 +76,8 @@ class LDAdamW(ErrorInGrad):
         window_elements: elements of matrices in flight together on a rank; bounds the transient memory of a step.
         error_in_grad: keep errors in `param.grad`, where backward adds gradients to them, which then need no memory of
             their own. Only backward may write there (docs/performance.md); clip with `ldadam_dist.clip_grad_norm_`.
+        capturable: from the second step on the host reads nothing, so that a CUDA graph can hold a step of one device;
+            an `lr` that changes is to be a tensor there. Skipped steps are counted without a warning.
 
     Raises:
         ValueError: a hyperparameter out of range, arguments of another optimizer, flattened parameters, placements that
@@ -102,6 +105,7 @@ class LDAdamW(ErrorInGrad):
         communication: str = "auto",
         window_elements: int = WINDOW_ELEMENTS,
         error_in_grad: bool = False,
+        capturable: bool = False,
         **unknown: Any,
     ) -> None:
         arguments.refuse_foreign(list(unknown))
@@ -109,9 +113,7 @@ class LDAdamW(ErrorInGrad):
             raise TypeError(f"LDAdamW got an unexpected keyword argument {next(iter(unknown))!r}")
         arguments.check_window(window_elements)
         refuse_replicas(error_in_grad, process_group)
-        self.skipped_steps = 0
-        self._process_group = process_group
-        self._window = window_elements
+        self._process_group, self._window = process_group, window_elements
         self._forget()
         defaults = dict(
             lr=lr,
@@ -130,6 +132,7 @@ class LDAdamW(ErrorInGrad):
             enable_lowrank=True,
             flatten=False,
             communication=communication,
+            capturable=capturable,
         )
         super().__init__(params, defaults, error_in_grad)
         arguments.check_projects([(e.name, e.param, e.group) for e in self._entries()])
@@ -147,12 +150,11 @@ class LDAdamW(ErrorInGrad):
                 f"an LDAdamW {owner} cannot be copied or pickled, as a process group does not travel. "
                 "Use state_dict() and build the other optimizer with its own group."
             )
-        return {**super().__getstate__(), "skipped_steps": self.skipped_steps, "_window": self._window}
+        return {**super().__getstate__(), "_window": self._window}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a pickled or copied optimizer; `load_state_dict` ends here too."""
         super().__setstate__(state)
-        self.__dict__.setdefault("skipped_steps", 0)
         self.__dict__.setdefault("_window", WINDOW_ELEMENTS)
         if not hasattr(self, "_adapters"):
             self._process_group = None
@@ -216,9 +218,9 @@ class LDAdamW(ErrorInGrad):
                 first step; nothing has changed then.
             RuntimeError: ranks have different parameters or settings, found at the first step; a gradient that must
                 be redistributed is missing on some rank; with error_in_grad, an error holds more than gradients; or
-                DeepSpeed has flattened the parameters and no engine is attached. Nothing has changed then either. Or a
-                collective failed, as a rank has stalled or died, which is named with the matrices: the run must start
-                again from its last checkpoint.
+                DeepSpeed has flattened the parameters and no engine is attached; or a graph is captured too early.
+                Nothing has changed then either. Or a collective failed, as a rank has stalled or died, which is named
+                with the matrices: the run must start again from its last checkpoint.
         """
         loss = None
         if closure is not None:
@@ -232,7 +234,7 @@ class LDAdamW(ErrorInGrad):
             arguments.check_storage(entry.name, entry.adapter.local(entry.param), entry.group["flatten"])
             arguments.check_unchanged(entry.name, entry.matrices is not None, entry.group, entry.state)
         with self._errors_taken(entries):
-            self._step(entries)
+            self._take_step(entries)
         return loss
 
     def _step(self, entries: list[Entry]) -> None:
@@ -250,7 +252,7 @@ class LDAdamW(ErrorInGrad):
 
         if unusable:
             if not overflowed or self._partitions.number(entries[0].param) == 0:
-                self.skipped_steps += 1
+                self._skipped += 1
                 bad = [entry.name for entry in entries if entry.status == UNUSABLE]
                 warn_skipped(bad, self._forget_unusable(entries), self.skipped_steps)
             return
@@ -285,8 +287,8 @@ class LDAdamW(ErrorInGrad):
         Raises:
             ValueError: parameters that do not fit into their flat tensors; process_group= or error_in_grad.
         """
-        if self._process_group is not None or self.error_in_grad:
-            raise ValueError("an engine cuts states itself: build LDAdamW without process_group= and error_in_grad.")
+        if self._process_group is not None or self.error_in_grad or self.defaults["capturable"]:
+            raise ValueError("an engine cuts states itself: leave process_group=, error_in_grad and capturable out.")
         found = Partitions(partitions, self.param_groups, overflowed)
         self._forget()
         self._partitions = found

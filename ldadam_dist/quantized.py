@@ -180,13 +180,19 @@ class Quantized:
             values[start:stop] = self.format.decode(codes, scales, self.columns, dtype)
         return values.mT if self.transposed else values
 
-    def copy_(self, values: Tensor, place: Place | None = None) -> None:
-        """Store a matrix; `place` is where it lies, to round it stochastically."""
+    def copy_(self, values: Tensor, place: Place | None = None, usable: Tensor | None = None) -> None:
+        """Store a matrix.
+
+        Args:
+            values: the matrix.
+            place: where it lies, to round it stochastically.
+            usable: a tensor () that says on the device whether to store it.
+        """
         if self.transposed:
             values, place = values.mT, None if place is None else place.mT
         for start, stop in chunks(*values.shape):
             bits = None if place is None else place.bits(start, stop, self.columns, values.device)
-            self._set(start, stop, self.format.encode(values[start:stop], bits))
+            self._set(start, stop, self.format.encode(values[start:stop], bits), usable)
 
     def load(self, values: Tensor) -> None:
         """Store a matrix that a state dict has, exactly if it was decoded; any floating dtype."""
@@ -195,9 +201,10 @@ class Quantized:
             part = part.to(torch.promote_types(part.dtype, torch.float32))
             self._set(start, stop, self.format.encode_again(part))
 
-    def _set(self, start: int, stop: int, encoded: tuple[Tensor, Tensor]) -> None:
+    def _set(self, start: int, stop: int, encoded: tuple[Tensor, Tensor], usable: Tensor | None = None) -> None:
         for target, source in zip((self.codes, self.scales), encoded, strict=True):
-            target[start:stop] = source
+            kept = target[start:stop]
+            kept.copy_(source if usable is None else torch.where(usable, source, kept))
 
 
 def row_bytes(columns: int, error_dtype: str | None, dtype: torch.dtype) -> int:

@@ -32,13 +32,13 @@ class Place:
 
     Attributes:
         kind: a key of `SALTS`.
-        t: the step.
+        t: the step; a tensor () where the host does not know it.
         row, column: of the first element.
         transposed: whether what is stored is seen with its rows as columns.
     """
 
     kind: str
-    t: int
+    t: int | Tensor
     row: int
     column: int
     transposed: bool = False
@@ -55,16 +55,17 @@ class Place:
         return random_bits(self.kind, self.t, rows + self.row, others + self.column)
 
 
-def random_bits(kind: str, t: int, rows: Tensor, columns: Tensor) -> Tensor:
+def random_bits(kind: str, t: int | Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """32 random bits for each element, by its place.
 
     Args:
         kind: a key of `SALTS`.
-        t: the step.
+        t: the step; a tensor () where the host does not know it.
         rows, columns: int64, of the elements in the whole; they are broadcast.
     Returns:
         int32, of their common shape.
     """
+    t = t.long() if isinstance(t, Tensor) else t
     seed = (t * 0x9E3779B1 + SALTS[kind] * 0x85EBCA77) & _MASK
     x = _mixed(rows * 0x9E3779B1 + seed) + _mixed(columns * 0xC2B2AE3D + (seed ^ 0x27D4EB2F))
     for shift, factor in _MIXING:  # in 32 bits, which wrap around

@@ -43,6 +43,12 @@ class Separate:
             torch.mm(other, own, out=out)
         return product
 
+    def mul_(self, factor: float | Tensor) -> Separate:
+        """Each matrix = factor · itself, in place."""
+        for own in self.matrices:
+            own.mul_(factor)
+        return self
+
     def baddbmm_(self, left: Tensor, right: Tensor, *, beta: float = 1.0, alpha: float = 1.0) -> None:
         """Each matrix = beta · itself + alpha · left right, in place; left (b, m, k) and right (b, k, n)."""
         for own, a, b in zip(self.matrices, left, right, strict=True):

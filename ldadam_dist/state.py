@@ -42,6 +42,11 @@ def check_places(entry: Entry, saved: Mapping[str, Tensor]) -> None:
             entry.adapter.check_stored(f"the saved {key!r} of parameter {entry.name}", state, entry.param, part, side)
 
 
+def step_device(entry: Entry) -> torch.device:
+    """Where `step` is kept: on the CPU, unless steps are captured, of which the host sees nothing."""
+    return entry.param.device if entry.group["capturable"] else torch.device("cpu")
+
+
 def init_state(entry: Entry) -> None:
     """Create what is missing of a parameter's state, without a gradient too: checkpoints want it for every one."""
     if not entry.present:
@@ -49,7 +54,9 @@ def init_state(entry: Entry) -> None:
     param, adapter, group, state = entry.param, entry.adapter, entry.group, entry.state
     shapes, dtype = state_shapes(entry.shape, group), _state_dtype(entry)
     if not state:
-        state["step"] = torch.zeros(shapes["step"], dtype=torch.float32, device="cpu")  # whatever the defaults
+        state["step"] = torch.zeros(
+            shapes["step"], dtype=torch.float32, device=step_device(entry)
+        )  # whatever the default
         if entry.matrices is None:
             state["exp_avg"], state["exp_avg_sq"] = adapter.new_moment(param, dtype), adapter.new_moment(param, dtype)
         else:

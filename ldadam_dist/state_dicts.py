@@ -11,12 +11,12 @@ from torch.optim import Optimizer
 from ldadam_dist import arguments
 from ldadam_dist.entries import Entry
 from ldadam_dist.partitions import Partitions
-from ldadam_dist.state import SCALE, check_places, decoded, stored, stored_shapes
+from ldadam_dist.state import SCALE, check_places, decoded, step_device, stored, stored_shapes
 
 Entries = Iterable[tuple[Tensor, list[Entry]]]
 """Each parameter, or flat tensor, with what is stepped of it, in the order of the groups."""
 
-STORAGE = ("error_dtype", "state_dtype", "stochastic_rounding")
+STORAGE = ("error_dtype", "state_dtype", "stochastic_rounding", "capturable")
 """Settings of a group that say how its states are stored: a checkpoint has the states of any, and changes none."""
 
 
@@ -87,7 +87,9 @@ class Loading:
             group.update(kept)
         for entry, saved in self._found:
             if saved:
-                self._state_of(entry).update(stored(entry, saved))
+                state = self._state_of(entry)
+                state.update(stored(entry, saved))
+                state["step"] = state["step"].to(step_device(entry))
 
 
 def _numbered(

@@ -23,8 +23,11 @@ import torch
 from torch import Tensor
 
 from ldadam_dist.algebra import (
+    Factor,
     adam_direction,
     add_products_,
+    add_scaled_,
+    bias_corrections,
     leading_directions,
     orthonormalize,
     rotate_second_moment,
@@ -40,7 +43,7 @@ from ldadam_dist.weights import Weights
 class Hyper:
     """Hyperparameters of one step, as in `LDAdamW`; `exact_init` asks for an SVD of the first gradient."""
 
-    lr: float
+    lr: Factor
     betas: tuple[float, float]
     eps: float
     weight_decay: float
@@ -48,6 +51,10 @@ class Hyper:
     proj_method: str
     error_feedback: bool
     exact_init: bool
+
+    def kept(self, moves: Factor) -> Factor:
+        """1 − lr·wd, the part of the weights that decay leaves; `moves` as in `Block`."""
+        return 1 - moves * self.lr * self.weight_decay if self.weight_decay else 1.0
 
 
 @dataclass
@@ -60,6 +67,7 @@ class Block:
         weight: (b, m_local, n_local), under replicas all columns that they hold; updated in place, as it is stored.
         projector: (b, stored rows, r).
         exp_avg, exp_avg_sq: (b, r, stored columns).
+        moves: 1; or a tensor () with 1 or 0 that says on the device whether error and weight change in this step.
     """
 
     accumulated: Tensor | Separate
@@ -67,29 +75,32 @@ class Block:
     projector: Tensor
     exp_avg: Tensor
     exp_avg_sq: Tensor
+    moves: Factor = 1.0
 
 
-def ldadam_step(block: Block, layout: MatrixLayout, hyper: Hyper, t: int) -> Exchange:
+def ldadam_step(block: Block, layout: MatrixLayout, hyper: Hyper, t: int | Tensor) -> Exchange:
     """One LDAdam step, from t = 1.
 
     Args:
         block: local tensors; `accumulated` and `weight` are updated in place.
         layout: where the block lies.
         hyper: hyperparameters.
-        t: number of this step; 1 chooses the first projector from A and ignores the old states.
+        t: number of this step; 1 chooses the first projector from A and ignores the old states. As a tensor (b, 1, 1),
+            float64, those of steps after the first.
     Returns:
         (projector, exp_avg, exp_avg_sq), the new slices to be stored.
     """
-    A, M, V = block.accumulated, block.exp_avg, block.exp_avg_sq
+    A, M, V, moves = block.accumulated, block.exp_avg, block.exp_avg_sq, block.moves
     (beta1, beta2), k = hyper.betas, hyper.betas[0] / (1 - hyper.betas[0])
 
-    if t == 1:
+    if isinstance(t, int) and t == 1:
+        assert isinstance(A, Tensor)
         U_new = yield from first_projector(A, layout, hyper)
         g = yield ScatterSum(layout.over_m, U_new.mT @ A)
         M, V = (1 - beta1) * g, (1 - beta2) * g.square()
         momentum = []
     else:
-        b1, b2 = 1 - beta1 ** (t - 1), 1 - beta2 ** (t - 1)
+        b1, b2 = bias_corrections(hyper.betas, t - 1, A.dtype)
         U = yield Gather(layout.over_n, block.projector, -2, layout.m_local)
         M_whole = yield Gather(layout.over_m, M, -1, layout.n_local)
         U_new = yield from next_projector(A, U, M, M_whole, b1, layout, hyper)
@@ -99,17 +110,18 @@ def ldadam_step(block: Block, layout: MatrixLayout, hyper: Hyper, t: int) -> Exc
         V = rotate_second_moment(V, M, R, M_rotated, bias1=b1, bias2=b2)
         V = V.mul_(beta2).addcmul_(g, g, value=1 - beta2)
         M = g.lerp_(M_rotated, beta1)  # β1 R M + (1 − β1) g
-        momentum = [(U, M_whole, k)]
+        momentum = [(U, M_whole, moves * k)]
 
     if hyper.error_feedback:  # E = A + k U M − U'(g + k R M), and g + k R M = M'/(1 − β1)
         M_whole = yield Gather(layout.over_m, M, -1, layout.n_local)
-        add_products_(A, [*momentum, (U_new, M_whole, -1 / (1 - beta1))])
+        add_products_(A, [*momentum, (U_new, M_whole, -moves / (1 - beta1))])
 
     # W = (1 − lr·wd) W − lr U' D
-    D = adam_direction(M, V, bias1=1 - beta1**t, bias2=1 - beta2**t, eps=hyper.eps)
+    b1, b2 = bias_corrections(hyper.betas, t, A.dtype)
+    D = adam_direction(M, V, bias1=b1, bias2=b2, eps=hyper.eps)
     D = yield Gather(layout.over_m, D, -1, layout.n_local)
     D = yield Gather(layout.replicas, D, -1, layout.weight_columns)
-    block.weight.add_product_(U_new, D, keep=1 - hyper.lr * hyper.weight_decay, factor=-hyper.lr)
+    block.weight.add_product_(U_new, D, keep=hyper.kept(moves), factor=-moves * hyper.lr)
 
     return U_new[:, slice(*layout.stored_rows)], M, V
 
@@ -128,6 +140,7 @@ def step_on_owner(block: Block, layout: MatrixLayout, hyper: Hyper, t: int) -> E
 
     matrix, projector = Part("block", layout.m, layout.n), Part("projector", layout.m, layout.rank)
     moments = Part("moments", layout.rank, layout.n)
+    assert isinstance(block.accumulated, Tensor)
     tensors = (block.accumulated, block.projector, block.exp_avg, block.exp_avg_sq)
     returns = (matrix, projector, moments, moments) + ((matrix,) if hyper.error_feedback else ())
     update, U, M, V, *error = yield Delegate(tensors, (matrix, projector, moments, moments), step_whole, returns)
@@ -135,23 +148,24 @@ def step_on_owner(block: Block, layout: MatrixLayout, hyper: Hyper, t: int) -> E
         block.accumulated = error[0]
 
     update = yield Gather(layout.replicas, update, -1, layout.weight_columns)
-    block.weight.add_(update, keep=1 - hyper.lr * hyper.weight_decay)
+    block.weight.add_(update, keep=hyper.kept(1.0))
     return U, M, V
 
 
 def next_projector(
-    A: Tensor, U: Tensor, M: Tensor, M_whole: Tensor, b1: float, layout: MatrixLayout, hyper: Hyper
+    A: Tensor | Separate, U: Tensor, M: Tensor, M_whole: Tensor, b1: Factor, layout: MatrixLayout, hyper: Hyper
 ) -> Exchange:
     """The new projector from B = ρ U M/b1 + (1−ρ) A. Returns this process's rows of it, (b, m_local, r)."""
     rho = hyper.rho
     if hyper.proj_method == "power_iteration":
         # Orthonormal basis of Y = B Bᵀ U = U ρ (M/b1) UtBᵀ + (1−ρ) A UtBᵀ, with UtB = UᵀB; B is never materialised.
         UtA = yield ScatterSum(layout.over_m, U.mT @ A)
-        UtB = UtA.mul_(1 - rho).add_(M, alpha=rho / b1)
+        UtB = add_scaled_(UtA.mul_(1 - rho), M, rho / b1)
         UtB = yield Gather(layout.over_m, UtB, -1, layout.n_local)
-        Y = torch.baddbmm(A @ UtB.mT, U, M_whole @ UtB.mT, beta=1 - rho, alpha=rho / b1)
+        Y = torch.baddbmm(A @ UtB.mT, U, (rho / b1) * (M_whole @ UtB.mT), beta=1 - rho)
         return (yield OnOwner(Y, orthonormalize, layout.rank))
-    B = torch.baddbmm(A, U, M_whole, beta=1 - rho, alpha=rho / b1)
+    assert isinstance(A, Tensor)
+    B = torch.baddbmm(A, U, (rho / b1) * M_whole, beta=1 - rho)
     if hyper.proj_method == "svd":
         return (yield from exact_directions(B, layout))
     return (yield from randomized_directions(B, layout, oversample=2, iterations=1))

@@ -16,23 +16,33 @@ class Weights:
     """Weights of b matrices.
 
     Attributes:
-        stored: (b, m, n). Those in another dtype than the computation, or on another device, are brought there a part at
-            a time, so that there is never a copy of a whole one.
+        stored: (b, m, n). In another dtype than the computation, or on another device, they are brought there a part
+            at a time, so that there is never a copy of a whole one.
         places: where each lies in the whole matrix, if it is rounded stochastically.
     """
 
     stored: Tensor | Separate
     places: Sequence[Place | None] = (None,)
 
-    def add_product_(self, left: Tensor, right: Tensor, *, keep: float, factor: float) -> None:
+    def add_product_(self, left: Tensor, right: Tensor, *, keep: float | Tensor, factor: float | Tensor) -> None:
         """W = keep · W + factor · left right, with left (b, m, r) and right (b, r, n)."""
+        alpha = 1.0 if isinstance(factor, Tensor) else factor
+        if isinstance(factor, Tensor):
+            right = factor * right
+        decay, beta = (keep, 1.0) if isinstance(keep, Tensor) else (None, keep)
         if (self.stored.dtype, self.stored.device) == (left.dtype, left.device):
-            self.stored.baddbmm_(left, right, beta=keep, alpha=factor)
+            if decay is not None:
+                self.stored.mul_(decay)
+            self.stored.baddbmm_(left, right, beta=beta, alpha=alpha)
             return
-        for w, a, b, place in zip(self.stored, left, right, self.places, strict=True):
-            _by_parts(w, left, place, lambda p, i, j, a=a, b=b: p.addmm_(a[i], b[:, j], beta=keep, alpha=factor))
 
-    def add_(self, update: Tensor, *, keep: float) -> None:
+        def change(part: Tensor, a: Tensor, b: Tensor) -> Tensor:
+            return (part if decay is None else part.mul_(decay)).addmm_(a, b, beta=beta, alpha=alpha)
+
+        for w, a, b, place in zip(self.stored, left, right, self.places, strict=True):
+            _by_parts(w, left, place, lambda part, i, j, a=a, b=b: change(part, a[i], b[:, j]))
+
+    def add_(self, update: Tensor, *, keep: float | Tensor) -> None:
         """W = keep · W + update, with update (b, m, n)."""
         if isinstance(self.stored, Tensor) and (self.stored.dtype, self.stored.device) == (update.dtype, update.device):
             self.stored.mul_(keep).add_(update)

@@ -48,7 +48,7 @@ def test_shards_are_rounded_like_the_whole(over_m: int, over_n: int, replicas: i
         matrix = Matrix(layout, dense[0], **stored, projector=projector[0], stochastic=True)
         states = (projector, at["exp_avg"][1], at["exp_avg_sq"][1])
         block = Block(at["error"][1], Weights(at["weight"][1]), projector, states[1], states[2])
-        store_block([matrix], block, states, 4)
+        store_block([matrix], block, states, [4])
         return {key: (where, stored[key]) for key, (where, _) in at.items()}
 
     expected = store(whole_layout)

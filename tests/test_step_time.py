@@ -95,6 +95,10 @@ def test_gradients_are_shared_or_accumulated() -> None:
     assert params[0].grad is grads[0]
     optimizer.zero_grad = lambda: None  # as where the error is in the gradient
     params[0].grad = torch.ones(2)
-    contenders.give(optimizer, params, grads, backward=True)
+    contenders.give(optimizer, params, grads, "backward")
     assert params[0].grad.tolist() == [2.0, 2.0]
+    kept = params[0].grad
+    contenders.give(optimizer, params, grads, "copy")
+    assert params[0].grad is kept
+    assert kept.tolist() == [1.0, 1.0]
     assert grads[0].tolist() == [1.0, 1.0]
