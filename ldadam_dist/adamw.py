@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
@@ -53,15 +54,18 @@ def _adamw(
 ) -> None:
     """torch's AdamW of weights and moments, which `tensors` has in the order of `_KINDS`."""
     weights, exp_avgs, exp_avg_sqs = tensors
-    # The fused one alone can be told on the device to do nothing.
-    on_device: dict[str, Any] = {} if usable is None else {"fused": True, "found_inf": usable.logical_not().float()}
+    fused, counts = _can_be_fused(*tensors, grads), steps
+    if fused and steps[0].device != weights[0].device:  # where the fused one reads and counts them
+        counts = list(torch.stack(steps).to(weights[0].device))
     adamw(
         weights,
         grads,
         exp_avgs,
         exp_avg_sqs,
         [],
-        steps,
+        counts,
+        fused=fused or None,  # else torch takes what it prefers of the others
+        found_inf=None if usable is None else usable.logical_not().float(),
         amsgrad=False,
         beta1=group["betas"][0],
         beta2=group["betas"][1],
@@ -69,8 +73,16 @@ def _adamw(
         weight_decay=group["weight_decay"],
         eps=group["eps"],
         maximize=False,
-        **on_device,
     )
+    if counts is not steps:
+        torch._foreach_add_(steps, 1)
+
+
+def _can_be_fused(*lists: Sequence[Tensor]) -> bool:
+    """Whether torch's fused AdamW may step these: it goes through memory, so it must find equal elements there."""
+    tensors = [tensor for some in lists for tensor in some]
+    one_device = len({tensor.device for tensor in tensors}) == 1 and tensors[0].device.type in ("cpu", "cuda")
+    return one_device and all(tensor.is_contiguous() for tensor in tensors)
 
 
 def _is_copied(entry: Entry) -> bool:

@@ -80,6 +80,8 @@ class Capturable(ErrorInGrad):
             found = f"lies on {entry.adapter.describe()}: expected no other process to ask"
         elif entry.param.device != device:
             found = f"is on {entry.param.device} and others are on {device}: expected one device"
+        elif entry.matrices is None and not entry.param.is_contiguous():
+            found = "is not contiguous: expected what torch's fused AdamW steps"
         elif entry.matrices is not None and entry.group["proj_method"] != "power_iteration":
             found = f"has proj_method={entry.group['proj_method']!r}: expected 'power_iteration', which needs no host"
         elif entry.matrices is not None and entry.param.dtype == torch.float64 and device.type == "cuda":
@@ -129,6 +131,8 @@ class Capturable(ErrorInGrad):
             return
         for entry in moving:
             entry.state, entry.local_grad = self.state[entry.param], entry.adapter.grad(entry.param)
+            if entry.matrices is None:
+                entry.local_grad = entry.grad.contiguous()
             entry.statuses = [NONZERO] * entry.number
         usable = _usable(moving)
         step_vectors((entry for entry in moving if entry.matrices is None), usable)
