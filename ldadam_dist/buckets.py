@@ -111,7 +111,7 @@ def load_block(
     errors = [matrix.error for matrix in matrices if matrix.error is not None]
     grads = [matrix.grad for matrix in matrices]
     if usable is not None:
-        grads = [grad if grad is None else torch.where(usable, grad, 0.0) for grad in grads]
+        grads = [grad if grad is None else torch.where(usable, grad, grad.new_zeros(())) for grad in grads]
     blocks = errors or [grad for grad in grads if grad is not None]
     accumulated = Separate(converted(blocks)) if apart else stack(blocks)
     if errors:

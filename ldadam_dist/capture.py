@@ -31,6 +31,9 @@ class Capturable(ErrorInGrad):
         defaults: with "capturable".
     """
 
+    _step: Callable[[list[Entry]], None]
+    _windows: Callable[[list[Entry]], list[list[list[Unit]]]]
+
     def __init__(self, params: Any, defaults: dict[str, Any], error_in_grad: bool) -> None:
         if defaults["capturable"] and error_in_grad:
             raise ValueError(
@@ -52,9 +55,6 @@ class Capturable(ErrorInGrad):
         for name, start in (("_skipped", 0), ("_skipped_unseen", None), ("_started", {})):
             self.__dict__.setdefault(name, start)
 
-    _step: Callable[[list[Entry]], None]
-    _windows: Callable[[list[Entry]], list[list[list[Unit]]]]
-
     @property
     def skipped_steps(self) -> int:
         """Steps skipped so far because of a gradient. With capturable=True, to read it is to wait for the device."""
@@ -62,7 +62,9 @@ class Capturable(ErrorInGrad):
 
     @skipped_steps.setter
     def skipped_steps(self, count: int) -> None:
-        self._skipped, self._skipped_unseen = count, None
+        self._skipped = count
+        if self._skipped_unseen is not None:
+            self._skipped_unseen.zero_()
 
     def _check_fits(self, entry: Entry) -> None:
         """Raise ValueError if steps of a parameter cannot be captured, or its error cannot be its gradient."""
@@ -80,6 +82,8 @@ class Capturable(ErrorInGrad):
             found = f"lies on {entry.adapter.describe()}: expected no other process to ask"
         elif entry.param.device != device:
             found = f"is on {entry.param.device} and others are on {device}: expected one device"
+        elif isinstance(entry.group["lr"], Tensor) and entry.group["lr"].device != device:
+            found = f"has lr on {entry.group['lr'].device}, where a graph does not read it: expected it on {device}"
         elif entry.matrices is None and not entry.param.is_contiguous():
             found = "is not contiguous: expected what torch's fused AdamW steps"
         elif entry.matrices is not None and entry.group["proj_method"] != "power_iteration":
@@ -119,6 +123,8 @@ class Capturable(ErrorInGrad):
             step = self.state.get(entry.param, {}).get("step")
             if step is not None and bool((step > 0).all()):
                 self._started[id(entry.param)] = step
+                if self._skipped_unseen is None:  # here, as no graph is captured now: it would make it anew each time
+                    self._skipped_unseen = torch.zeros((), dtype=torch.int64, device=step.device)
 
     def _has_started(self, entry: Entry) -> bool:
         step = self._started.get(id(entry.param))
@@ -138,8 +144,7 @@ class Capturable(ErrorInGrad):
         step_vectors((entry for entry in moving if entry.matrices is None), usable)
         matrices = [entry for entry in moving if entry.matrices is not None]
         step_matrices(matrices, self._windows(matrices), usable)
-        if self._skipped_unseen is None:
-            self._skipped_unseen = torch.zeros((), dtype=torch.int64, device=usable.device)
+        assert self._skipped_unseen is not None
         self._skipped_unseen += usable.logical_not()
 
 
