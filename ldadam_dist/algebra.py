@@ -37,7 +37,7 @@ def orthonormalize(matrix: Tensor) -> Tensor:
 
 def householder_basis(matrix: Tensor) -> Tensor:
     """`orthonormalize` by Householder QR, and once more if a column is null."""
-    largest = torch.linalg.vector_norm(matrix, float("inf"), dim=(-2, -1), keepdim=True)
+    largest = _largest(matrix)
     matrix = matrix / torch.where(largest > 0, largest, 1.0)  # it is quadratic in the gradient: its norm may overflow
     basis: Tensor
     basis, triangle = torch.linalg.qr(matrix)
@@ -57,7 +57,7 @@ def cholesky_basis(matrix: Tensor) -> Tensor:
     directions.
     """
     unit = torch.finfo(matrix.dtype).eps
-    largest = torch.linalg.vector_norm(matrix, float("inf"), dim=(-2, -1), keepdim=True)
+    largest = _largest(matrix)
     columns = matrix.double() / torch.where(largest > 0, largest, 1.0)
     norms = torch.linalg.vector_norm(columns, dim=-2, keepdim=True)
     columns /= torch.where(norms > 0, norms, 1.0)
@@ -73,6 +73,11 @@ def cholesky_basis(matrix: Tensor) -> Tensor:
     triangle = torch.linalg.cholesky_ex(basis.mT @ basis, upper=True).L
     basis = torch.linalg.solve_triangular(triangle, basis, upper=True, left=False)
     return basis.to(matrix.dtype)
+
+
+def _largest(matrix: Tensor) -> Tensor:
+    """The largest |entry| of each matrix, (b, 1, 1); on a CPU a norm would take several times as long."""
+    return torch.maximum(matrix.amax((-2, -1), keepdim=True), -matrix.amin((-2, -1), keepdim=True))
 
 
 def _fixed_directions(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -143,12 +148,19 @@ def bias_corrections(
 
 
 def rotate_second_moment(
-    exp_avg_sq: Tensor, exp_avg: Tensor, rotation: Tensor, rotated_exp_avg: Tensor, *, bias1: Factor, bias2: Factor
+    exp_avg_sq: Tensor,
+    exp_avg: Tensor,
+    rotation: Tensor,
+    rotated_exp_avg: Tensor,
+    *,
+    bias1: Factor,
+    bias2: Factor,
+    decay: float = 1.0,
 ) -> Tensor:
-    """Second moment expressed in the new subspace (LDAdam, projection-aware update).
+    """Second moment expressed in the new subspace (LDAdam, projection-aware update), times a factor.
 
-        V' = bias2 · | (R∘R) (V/bias2 − (M/bias1)²) + (R M/bias1)² |
-           = | (R∘R) (V − c M²) + c (R M)² |,  c = bias2/bias1²
+        V' = decay · bias2 · | (R∘R) (V/bias2 − (M/bias1)²) + (R M/bias1)² |
+           = | decay (R∘R) (V − c M²) + decay c (R M)² |,  c = bias2/bias1²
 
     The variance is rotated and the squared mean added back; the absolute value guards the rounding of a difference
     of near-equal terms. The second form takes fewer passes.
@@ -158,29 +170,35 @@ def rotate_second_moment(
         rotation: (b, r, r), R = U'ᵀU.
         rotated_exp_avg: (b, r, n), R M.
         bias1, bias2: 1 − βᵢ^(t−1).
+        decay: the factor.
     Returns:
         (b, r, n), non-negative.
     """
     c = bias2 / bias1**2
+    weights = rotation.square().mul_(decay)
     if isinstance(c, Tensor):
         variance = torch.addcmul(exp_avg_sq, exp_avg, -c * exp_avg)
-        return (rotation.square() @ variance).addcmul_(rotated_exp_avg, c * rotated_exp_avg).abs_()
+        return (weights @ variance).addcmul_(rotated_exp_avg, decay * c * rotated_exp_avg).abs_()
     variance = torch.addcmul(exp_avg_sq, exp_avg, exp_avg, value=-c)
-    return (rotation.square() @ variance).addcmul_(rotated_exp_avg, rotated_exp_avg, value=c).abs_()
+    return (weights @ variance).addcmul_(rotated_exp_avg, rotated_exp_avg, value=decay * c).abs_()
 
 
-def adam_direction(exp_avg: Tensor, exp_avg_sq: Tensor, *, bias1: Factor, bias2: Factor, eps: float) -> Tensor:
-    """Adam's bias-corrected direction (M/bias1) / (sqrt(V/bias2) + eps).
+def adam_direction(
+    exp_avg: Tensor, exp_avg_sq: Tensor, *, bias1: Factor, bias2: Factor, eps: float
+) -> tuple[Tensor, Factor]:
+    """Adam's bias-corrected direction, as a tensor and a factor.
+
+        (M/bias1) / (sqrt(V/bias2) + eps) = s M / (sqrt(V) + sqrt(bias2) eps),  s = sqrt(bias2) / bias1
 
     Args:
         exp_avg, exp_avg_sq: any equal shape; exp_avg_sq is non-negative.
         bias1, bias2: 1 − βᵢ^t.
         eps: added to the root.
     Returns:
-        the direction, same shape.
+        M / (sqrt(V) + sqrt(bias2) eps), same shape, and s, which costs no pass where the product with the direction is.
     """
-    denominator = exp_avg_sq.sqrt().mul_(bias1 / bias2**0.5).add_(bias1 * eps)
-    return torch.div(exp_avg, denominator, out=denominator)
+    denominator = exp_avg_sq.sqrt().add_(bias2**0.5 * eps)
+    return torch.div(exp_avg, denominator, out=denominator), bias2**0.5 / bias1
 
 
 def add_scaled_(target: Tensor, source: Tensor, factor: Factor) -> Tensor:

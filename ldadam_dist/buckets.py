@@ -57,22 +57,21 @@ class Matrix:
         return Place(kind, t, *first[kind]) if self.stochastic and kind in first else None
 
 
-def batches(matrices: Iterable[tuple[Hashable, MatrixLayout, bool]]) -> list[list[int]]:
-    """Indices of the matrices that are stepped together: equal keys, and small enough to be copied, or separate.
+def batches(matrices: Iterable[tuple[Hashable, MatrixLayout, int]]) -> list[list[int]]:
+    """Indices of the matrices that are stepped together: those of equal keys.
 
     Args:
-        matrices: (key, layout, separate) in the order of the parameters; keys hold all that must be equal in a batch.
-            `separate`: large ones may be together too, each where it is.
+        matrices: (key, layout, most) in the order of the parameters; keys hold all that must be equal in a batch.
+            `most`: how many may be in it of those that are too large to be copied.
     Returns:
         batches in the order of their first matrices; the same on every process.
     """
     done: list[list[int]] = []
     filling: dict[Hashable, list[int]] = {}
-    for i, (key, layout, separate) in enumerate(matrices):
+    for i, (key, layout, most) in enumerate(matrices):
         size = layout.shard_elements
         batch = filling.get(key)
-        full = not separate if size > STACK_ELEMENTS else (len(batch or ()) + 1) * size > BATCH_ELEMENTS
-        if batch is None or full:
+        if batch is None or len(batch) >= (most if size > STACK_ELEMENTS else BATCH_ELEMENTS // max(1, size)):
             done.append([])
             batch = filling[key] = done[-1]
         batch.append(i)

@@ -118,7 +118,7 @@ def _agree(entries: Sequence[Entry], flags: Sequence[Sequence[bool]]) -> tuple[l
 
 def _read(entries: Sequence[Entry]) -> None:
     """Set the statuses that this process sees; MISSING for what only other ranks hold."""
-    present: dict[torch.device, list[tuple[Entry, int, Tensor]]] = {}
+    present: dict[tuple[torch.device, torch.dtype], list[tuple[Entry, int, Tensor]]] = {}
     for entry in entries:
         entry.statuses = [MISSING] * entry.number
         if entry.local_grad is None:
@@ -128,14 +128,36 @@ def _read(entries: Sequence[Entry]) -> None:
         for slot, grad in zip(range(start, stop), grads, strict=True):
             entry.statuses[slot] = ZERO
             if grad.numel():
-                present.setdefault(grad.device, []).append((entry, slot, grad))
-    for device, some in present.items():
+                present.setdefault((grad.device, grad.dtype), []).append((entry, slot, grad))
+    for (device, dtype), some in present.items():
         grads = [grad for *_, grad in some]
-        if device.type == "cpu":  # the infinity norm is not vectorised there: 40 ms against 3 for Llama-60M's matrices
-            largest = [torch.maximum(high, -low) for low, high in map(torch.aminmax, grads)]
-        else:
-            largest = list(torch._foreach_norm(grads, float("inf")))
-        values = torch.stack([value.double() for value in largest]).tolist()
-        for (entry, slot, _), value in zip(some, values, strict=True):
+        on_host = device.type == "cpu"
+        largest = _largest_on_host(grads, dtype) if on_host else _tolist(torch._foreach_norm(grads, math.inf))
+        for (entry, slot, _), value in zip(some, largest, strict=True):
             usable = value < (largest_gradient(entry.param.dtype) if entry.matrices else math.inf)  # false for NaN
             entry.statuses[slot] = UNUSABLE if not usable else NONZERO if value else ZERO
+
+
+def _largest_on_host(grads: Sequence[Tensor], dtype: torch.dtype) -> list[float]:
+    """The largest |element| of each, or where that is neither zero nor large, an upper bound of it.
+
+    The root of a product with itself is such a bound, and takes half the time of looking for the largest, and a tenth
+    of the infinity norm's, which is not vectorised.
+    """
+    bounds = [math.nan] * len(grads)
+    if dtype in (torch.float32, torch.float64):
+        fast = [i for i, grad in enumerate(grads) if grad.is_contiguous()]
+        squares = _tolist([torch.dot(g, g) for g in (grads[i].view(-1) for i in fast)])
+        for i, square in zip(fast, squares, strict=True):
+            bounds[i] = math.sqrt(square) if square >= 0 else math.nan
+    unclear = [i for i, bound in enumerate(bounds) if not 0 < bound < largest_gradient(dtype)]
+    pairs = [torch.aminmax(grads[i]) for i in unclear]
+    lows, highs = _tolist([low for low, _ in pairs]), _tolist([high for _, high in pairs])
+    for i, low, high in zip(unclear, lows, highs, strict=True):
+        bounds[i] = max(high, -low)  # both are NaN if there is one
+    return bounds
+
+
+def _tolist(values: Sequence[Tensor]) -> list[float]:
+    """Tensors () of one dtype as numbers, all at once."""
+    return torch.stack(list(values)).tolist() if values else []

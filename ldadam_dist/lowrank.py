@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import chain
@@ -25,8 +26,8 @@ EXACT_INIT_SIZE = 256
 """With projector_init="auto", the first projector comes from an SVD if the smaller dimension of the matrix is at most
 this, and from a randomised subspace iteration if it is larger."""
 
-ONE_BY_ONE = ("cpu",)
-"""Types of devices on which large matrices are not batched."""
+CACHED_ELEMENTS = 2**18
+"""Elements of projectors and moments in a batch of large matrices on a CPU, so that they stay in a core's cache."""
 
 _Moving: TypeAlias = tuple[Any, Unit, Matrix, int | Tensor]
 """A matrix that is stepped: what must be equal in a batch, its place in the plan, its storage, the step's number."""
@@ -120,7 +121,7 @@ def _stepped(entries: Sequence[Entry], moving: Sequence[_Moving]) -> str:
 
 
 def _jobs(moving: Sequence[_Moving], usable: Tensor | None) -> Iterator[Job]:
-    for batch in batches([(key, matrix.layout, _separate(key)) for key, _, matrix, _ in moving]):
+    for batch in batches([(key, matrix.layout, _most_together(key)) for key, _, matrix, _ in moving]):
         (_, layout, communication, hyper, t, dtype, device), *_ = moving[batch[0]]
         _, units, matrices, steps = zip(*(moving[i] for i in batch), strict=True)
         at = torch.stack(steps).view(-1, 1, 1) if t is None else t
@@ -134,14 +135,18 @@ def _jobs(moving: Sequence[_Moving], usable: Tensor | None) -> Iterator[Job]:
         yield Job(layout, device, owners, partial(_exchange, matrices, step, *storage, device))
 
 
-def _separate(key: Any) -> bool:
-    """Whether large matrices are stepped in one batch too. A GPU then starts fewer kernels, and its small ones do more.
+def _most_together(key: Any) -> int:
+    """How many large matrices one batch may have: what is of rank size is then one call for all of them.
 
-    On a CPU each stays by itself, and in the cache. What a step brings together whole must be a single tensor.
+    A GPU starts fewer kernels, the more there are. What a step brings together whole must be a single tensor.
     """
-    _, _, communication, hyper, t, _, device = key
-    by_products = communication == "lowrank" and hyper.proj_method == "power_iteration" and t != 1
-    return by_products and device.type not in ONE_BY_ONE
+    _, layout, communication, hyper, t, _, device = key
+    if communication != "lowrank" or hyper.proj_method != "power_iteration" or t == 1:
+        return 1
+    if device.type != "cpu":
+        return sys.maxsize
+    factors = layout.rank * (layout.m_pieces.longest + layout.n_pieces.longest)
+    return int(max(1, CACHED_ELEMENTS // factors))
 
 
 def _exchange(

@@ -8,7 +8,7 @@ Legend (b matrices; a block is m_local × n_local of an oriented m×n matrix):
 
     A  accumulated gradient G + E     U  projector, orthonormal columns     g  low-rank gradient U'ᵀA
     E  error                          M  exp_avg, r×n                       R  rotation U'ᵀU
-    W  weight                         V  exp_avg_sq, r×n                    D  Adam's direction in the subspace
+    W  weight                         V  exp_avg_sq, r×n                    D  Adam's direction in the subspace, ÷ s
     t  step, from 1                   b1, b2  bias corrections              k  β1 / (1 − β1)
 
 U, M and V come and go as the slices stored here (`layout.stored_rows`, `layout.stored_columns`).
@@ -107,8 +107,8 @@ def ldadam_step(block: Block, layout: MatrixLayout, hyper: Hyper, t: int | Tenso
         g = yield ScatterSum(layout.over_m, U_new.mT @ A)
         R = yield Sum(layout.over_m, U_new.mT @ U)
         M_rotated = R @ M
-        V = rotate_second_moment(V, M, R, M_rotated, bias1=b1, bias2=b2)
-        V = V.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+        V = rotate_second_moment(V, M, R, M_rotated, bias1=b1, bias2=b2, decay=beta2)
+        V = V.addcmul_(g, g, value=1 - beta2)  # β2 of the rotated one is in it
         M = g.lerp_(M_rotated, beta1)  # β1 R M + (1 − β1) g
         momentum = [(U, M_whole, moves * k)]
 
@@ -116,12 +116,12 @@ def ldadam_step(block: Block, layout: MatrixLayout, hyper: Hyper, t: int | Tenso
         M_whole = yield Gather(layout.over_m, M, -1, layout.n_local)
         add_products_(A, [*momentum, (U_new, M_whole, -moves / (1 - beta1))])
 
-    # W = (1 − lr·wd) W − lr U' D
+    # W = (1 − lr·wd) W − lr·s U' D, with s D Adam's direction
     b1, b2 = bias_corrections(hyper.betas, t, A.dtype)
-    D = adam_direction(M, V, bias1=b1, bias2=b2, eps=hyper.eps)
+    D, s = adam_direction(M, V, bias1=b1, bias2=b2, eps=hyper.eps)
     D = yield Gather(layout.over_m, D, -1, layout.n_local)
     D = yield Gather(layout.replicas, D, -1, layout.weight_columns)
-    block.weight.add_product_(U_new, D, keep=hyper.kept(moves), factor=-moves * hyper.lr)
+    block.weight.add_product_(U_new, D, keep=hyper.kept(moves), factor=-moves * hyper.lr * s)
 
     return U_new[:, slice(*layout.stored_rows)], M, V
 
@@ -158,11 +158,12 @@ def next_projector(
     """The new projector from B = ρ U M/b1 + (1−ρ) A. Returns this process's rows of it, (b, m_local, r)."""
     rho = hyper.rho
     if hyper.proj_method == "power_iteration":
-        # Orthonormal basis of Y = B Bᵀ U = U ρ (M/b1) UtBᵀ + (1−ρ) A UtBᵀ, with UtB = UᵀB; B is never materialised.
+        # Orthonormal basis of Y = B Bᵀ U with B = A + c U M, c = ρ/((1−ρ) b1), as a factor 1−ρ changes no basis:
+        # Y = A UtBᵀ + U (c M UtBᵀ), with UtB = UᵀB; B is never materialised.
+        c = rho / (1 - rho) / b1
         UtA = yield ScatterSum(layout.over_m, U.mT @ A)
-        UtB = add_scaled_(UtA.mul_(1 - rho), M, rho / b1)
-        UtB = yield Gather(layout.over_m, UtB, -1, layout.n_local)
-        Y = torch.baddbmm(A @ UtB.mT, U, (rho / b1) * (M_whole @ UtB.mT), beta=1 - rho)
+        UtB = yield Gather(layout.over_m, add_scaled_(UtA, M, c), -1, layout.n_local)
+        Y = (A @ UtB.mT).baddbmm_(U, c * (M_whole @ UtB.mT))
         return (yield OnOwner(Y, orthonormalize, layout.rank))
     assert isinstance(A, Tensor)
     B = torch.baddbmm(A, U, (rho / b1) * M_whole, beta=1 - rho)

@@ -43,7 +43,7 @@ def on_device_only(monkeypatch: Any) -> None:
     """Let steps on a CPU do what those on a GPU do."""
     from ldadam_dist import algebra
 
-    monkeypatch.setattr("ldadam_dist.lowrank.ONE_BY_ONE", ())
+    monkeypatch.setattr("ldadam_dist.lowrank.CACHED_ELEMENTS", 2**40)
     monkeypatch.setattr("ldadam_dist.step.orthonormalize", algebra.cholesky_basis)
 
 

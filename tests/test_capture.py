@@ -78,7 +78,7 @@ def test_replays_equal_other_steps_after_each_one(options: dict[str, Any], dtype
         give(others, step)
         plain.step()
         for mine, other in zip(params, others, strict=True):
-            torch.testing.assert_close(mine.detach(), other.detach(), rtol=4 * unit, atol=max(1e-6, 0.02 * unit))
+            torch.testing.assert_close(mine.detach(), other.detach(), rtol=4 * unit, atol=1e-5 + 0.02 * unit)
             assert torch.equal(optimizer.state[mine]["step"], plain.state[other]["step"])
             with torch.no_grad():
                 mine.copy_(other)

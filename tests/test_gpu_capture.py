@@ -72,7 +72,7 @@ def test_replays_equal_other_steps(options: dict[str, Any], dtype: torch.dtype) 
         give(others, step)
         plain.step()
         for mine, other in zip(params, others, strict=True):
-            torch.testing.assert_close(mine.detach(), other.detach(), rtol=4 * unit, atol=max(1e-6, 0.02 * unit))
+            torch.testing.assert_close(mine.detach(), other.detach(), rtol=4 * unit, atol=1e-5 + 0.02 * unit)
             with torch.no_grad():
                 mine.copy_(other)
             for key, value in plain.state[other].items():

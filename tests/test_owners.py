@@ -52,7 +52,7 @@ def test_owners_batches_and_windows_are_the_same_on_every_rank() -> None:
         layouts = [layout(40, 16, index=index), layout(40, 16, index=index), layout(30, 17, index=index)] * 3
         plan = make_plan([(where, 1, how) for where in layouts for how in ("lowrank", "gather")], 1500)
         units = [[[(u.entry, u.communication, u.owner) for u in window] for window in windows] for windows in plan]
-        seen.append((batches([((w.m, w.n), w, False) for w in layouts]), units))
+        seen.append((batches([((w.m, w.n), w, 1) for w in layouts]), units))
     assert all(rank == seen[0] for rank in seen)
     assert seen[0][0] == [[0, 1, 3, 4, 6, 7], [2, 5, 8]]
 
@@ -61,8 +61,8 @@ def test_only_small_matrices_are_copied_into_batches() -> None:
     small, large = layout(16, STACK_ELEMENTS // 4), layout(16, STACK_ELEMENTS)
     assert small.shard_elements == STACK_ELEMENTS
     fitting = BATCH_ELEMENTS // STACK_ELEMENTS
-    assert [len(b) for b in batches([("small", small, True)] * (fitting + 3))] == [fitting, 3]
-    assert [len(b) for b in batches([("large", large, False)] * 3)] == [1, 1, 1]
+    assert [len(b) for b in batches([("small", small, 1)] * (fitting + 3))] == [fitting, 3]
+    assert [len(b) for b in batches([("large", large, 2)] * 3)] == [2, 1]
 
 
 def count_orthonormalised() -> int:

@@ -37,7 +37,8 @@ class Passes(TorchDispatchMode):
         writes_in_place = func._schema.is_mutable
         computes = writes_in_place or any(t.untyped_storage().data_ptr() not in storages for t in outputs)
         if computes:  # else a view
-            self.passes += sum(t.numel() >= M * N for t in given) + sum(t.numel() >= M * N for t in outputs)
+            read = {id(t): t for t in given}.values()  # once, also by a product with itself
+            self.passes += sum(t.numel() >= M * N for t in read) + sum(t.numel() >= M * N for t in outputs)
             if not writes_in_place:
                 self.made += [str(func) for t in outputs if t.numel() >= M * N]
         return result

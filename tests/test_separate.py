@@ -22,7 +22,7 @@ SHAPE = (190, 210)
 @pytest.fixture(autouse=True)
 def batched(monkeypatch: pytest.MonkeyPatch) -> None:
     assert SHAPE[0] * SHAPE[1] > STACK_ELEMENTS
-    monkeypatch.setattr("ldadam_dist.lowrank.ONE_BY_ONE", ())
+    monkeypatch.setattr("ldadam_dist.lowrank.CACHED_ELEMENTS", 2**40)
 
 
 def gradient(seed: int, shape: tuple[int, int] = SHAPE) -> Tensor:
@@ -77,7 +77,7 @@ def test_narrow_storage_is_as_one_by_one(options: dict[str, Any], monkeypatch: p
         return [*params, *(state["error"] for state in states), *(state["exp_avg"] for state in states)]
 
     together = train()
-    monkeypatch.setattr("ldadam_dist.lowrank.ONE_BY_ONE", ("cpu",))
+    monkeypatch.setattr("ldadam_dist.lowrank.CACHED_ELEMENTS", 1)
     for found, expected in zip(together, train(), strict=True):
         torch.testing.assert_close(found, expected, rtol=2**-7, atol=2**-7 * expected.abs().max().item())
 
