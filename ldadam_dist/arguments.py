@@ -23,7 +23,8 @@ COMMUNICATIONS = ("auto", "lowrank", "gather")
 
 GROUP_KEYS = (
     "params param_names lr betas eps weight_decay rank rho proj_type proj_method error_feedback "
-    "projector_init error_dtype state_dtype stochastic_rounding flatten communication enable_lowrank capturable"
+    "projector_init error_dtype state_dtype stochastic_rounding flatten communication enable_lowrank capturable "
+    "metrics_every"
 ).split()
 
 _FOREIGN = {
@@ -78,6 +79,9 @@ def check_group(group: Mapping[str, Any]) -> None:
     for i, beta in enumerate(betas):
         _check_number(f"betas[{i}]", beta, 0.0, 1.0)
     _check_number("rho", group["rho"], 0.0, 1.0)
+    every = group["metrics_every"]
+    if isinstance(every, bool) or not isinstance(every, Integral) or every < 0:
+        raise ValueError(f"metrics_every={every!r}: expected after how many steps to measure one; 0 for none.")
     rank = group["rank"]
     if isinstance(rank, bool) or not isinstance(rank, Integral) or rank < 1:
         raise ValueError(f"rank={rank!r}: expected a positive integer, the number of directions kept of each matrix.")

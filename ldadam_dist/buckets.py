@@ -84,6 +84,7 @@ def load_block(
     device: torch.device,
     t: Sequence[int | Tensor],
     usable: Tensor | None = None,
+    measured: bool = False,
 ) -> Block:
     """The batch in the dtype and on the device of the maths.
 
@@ -96,6 +97,7 @@ def load_block(
         t: the step that each takes.
         usable: a tensor () that says on the device whether their gradients are; if not, they count as zeros, and
             neither errors nor weights change. None if the host knows that they are.
+        measured: whether the block says how large the gradients are.
     """
 
     def converted(tensors: Iterable[Tensor | Quantized]) -> list[Tensor]:
@@ -111,6 +113,7 @@ def load_block(
     grads = [matrix.grad for matrix in matrices]
     if usable is not None:
         grads = [grad if grad is None else torch.where(usable, grad, grad.new_zeros(())) for grad in grads]
+    squares = [torch.linalg.vector_norm(grad, dtype=dtype).square() for grad in grads if grad is not None and measured]
     blocks = errors or [grad for grad in grads if grad is not None]
     accumulated = Separate(converted(blocks)) if apart else stack(blocks)
     if errors:
@@ -127,6 +130,7 @@ def load_block(
         exp_avg=stack(matrix.exp_avg for matrix in matrices),
         exp_avg_sq=stack(matrix.exp_avg_sq for matrix in matrices),
         moves=1.0 if usable is None else usable.to(dtype),
+        grad_squares=torch.stack(squares).to(device) if squares else None,
     )
 
 

@@ -84,6 +84,8 @@ class Capturable(ErrorInGrad):
             found = f"is on {entry.param.device} and others are on {device}: expected one device"
         elif isinstance(entry.group["lr"], Tensor) and entry.group["lr"].device != device:
             found = f"has lr on {entry.group['lr'].device}, where a graph does not read it: expected it on {device}"
+        elif entry.group["metrics_every"]:
+            found = f"has metrics_every={entry.group['metrics_every']}: expected 0, as the host decides what to measure"
         elif entry.matrices is None and not entry.param.is_contiguous():
             found = "is not contiguous: expected what torch's fused AdamW steps"
         elif entry.matrices is not None and entry.group["proj_method"] != "power_iteration":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from typing import Any, TypeAlias
@@ -15,6 +16,8 @@ from ldadam_dist.buckets import Matrix, batches, load_block, store_block
 from ldadam_dist.costs import choose_communication
 from ldadam_dist.entries import MISSING, NONZERO, ZERO, Entry
 from ldadam_dist.fragments import CutMatrix, complete_rows, hand_back
+from ldadam_dist.layout import MatrixLayout
+from ldadam_dist.measures import summed
 from ldadam_dist.plan import Unit, make_plan
 from ldadam_dist.requests import Exchange
 from ldadam_dist.rules import compute_dtype
@@ -28,6 +31,9 @@ this, and from a randomised subspace iteration if it is larger."""
 
 CACHED_ELEMENTS = 2**18
 """Elements of projectors and moments in a batch of large matrices on a CPU, so that they stay in a core's cache."""
+
+Measured: TypeAlias = tuple[int, int, Tensor]
+"""Number of the parameter, of the matrix among those that lie here, and (7,): ‖G‖² and `measures.MEASURES`."""
 
 _Moving: TypeAlias = tuple[Any, Unit, Matrix, int | Tensor]
 """A matrix that is stepped: what must be equal in a batch, its place in the plan, its storage, the step's number."""
@@ -53,7 +59,7 @@ def plan_windows(entries: Sequence[Entry], window: int, turn: int = 0) -> list[l
 
 def step_matrices(
     entries: Sequence[Entry], plan: Sequence[Sequence[Sequence[Unit]]], usable: Tensor | None = None
-) -> None:
+) -> list[Measured]:
     """Step every matrix that has a gradient; collective.
 
     A matrix starts with its first gradient that is not zero everywhere; until then only its weight decays.
@@ -62,7 +68,10 @@ def step_matrices(
         entries: all parameters that are projected, as in `plan_windows`.
         plan: from `plan_windows`.
         usable: a tensor () that says on the device whether to step; then the host reads nothing, and all have started.
+    Returns:
+        what was measured (the group's `metrics_every`).
     """
+    measured: list[Measured] = []
     steps = [_next_steps(entry) for entry in entries] if usable is None else _next_steps_there(entries)
     moves = [
         [s == NONZERO or (s == ZERO and t > 1) for s, t in zip(entry.statuses, ts, strict=True)]
@@ -80,9 +89,12 @@ def step_matrices(
             if unit.entry not in here:
                 here[unit.entry] = matrices_here(entry, unit.layout), _hyper(entry, usable is not None)
             matrices, hyper = here[unit.entry]
+            every = entry.group["metrics_every"]
             if moves[unit.entry][number]:
                 matrix = matrices[unit.slot]
                 t = steps[unit.entry][number]
+                if every and t % every == 0:
+                    hyper = replace(hyper, measured=True)
                 how = (type(matrix), unit.layout, unit.communication, hyper, t if isinstance(t, int) else None)
                 where = (compute_dtype(entry.param.dtype), entry.adapter.device)
                 found.append(((*how, *where), unit, matrix, t))
@@ -93,14 +105,15 @@ def step_matrices(
     for windows in plan:
         together = [moving(window) for window in windows]
         with during(partial(_stepped, entries, list(chain(*together)))):
-            run(_jobs(moving, usable) for moving in together)
+            run(_jobs(moving, usable, measured) for moving in together)
     if usable is not None:
         torch._foreach_add_([entry.state["step"] for entry in entries], [usable.float()] * len(entries))
-        return
+        return measured
     for entry, moved in zip(entries, moves, strict=True):
         if entry.present:
             step = entry.state["step"]
             step += torch.tensor(moved, device=step.device) if len(moved) > 1 else moved[0]
+    return measured
 
 
 def _next_steps(entry: Entry) -> list[Any]:
@@ -120,7 +133,7 @@ def _stepped(entries: Sequence[Entry], moving: Sequence[_Moving]) -> str:
     return f"stepped {listed(dict.fromkeys(entries[unit.entry].name for _, unit, *_ in moving))}"
 
 
-def _jobs(moving: Sequence[_Moving], usable: Tensor | None) -> Iterator[Job]:
+def _jobs(moving: Sequence[_Moving], usable: Tensor | None, measured: list[Measured]) -> Iterator[Job]:
     for batch in batches([(key, matrix.layout, _most_together(key)) for key, _, matrix, _ in moving]):
         (_, layout, communication, hyper, t, dtype, device), *_ = moving[batch[0]]
         _, units, matrices, steps = zip(*(moving[i] for i in batch), strict=True)
@@ -128,11 +141,12 @@ def _jobs(moving: Sequence[_Moving], usable: Tensor | None) -> Iterator[Job]:
         function: Callable[..., Exchange] = step_on_owner if communication == "gather" else ldadam_step
         step = partial(function, layout=layout, hyper=hyper, t=at)
         storage = (
-            partial(load_block, matrices, dtype, device, steps, usable),
+            partial(load_block, matrices, dtype, device, steps, usable, hyper.measured),
             partial(store_block, matrices, t=steps, usable=usable),
         )
+        tell = partial(_tell, measured, units, layout) if hyper.measured else None
         owners = tuple(unit.owner for unit in units)
-        yield Job(layout, device, owners, partial(_exchange, matrices, step, *storage, device))
+        yield Job(layout, device, owners, partial(_exchange, matrices, step, *storage, device, tell))
 
 
 def _most_together(key: Any) -> int:
@@ -155,6 +169,7 @@ def _exchange(
     load: Callable[[], Block],
     store: Callable[..., None],
     device: torch.device,
+    tell: Callable[[Block], Exchange] | None,
 ) -> Exchange:
     """A step of equal matrices, from what is stored to what is stored."""
     cut = [matrix for matrix in matrices if isinstance(matrix, CutMatrix)]  # all or none
@@ -162,9 +177,20 @@ def _exchange(
         yield from complete_rows(cut, device)
     block = load()
     states = yield from step(block)
+    if tell is not None:
+        yield from tell(block)
     store(block=block, states=states)
     if cut:
         yield from hand_back(cut, device)
+
+
+def _tell(measured: list[Measured], units: Sequence[Unit], layout: MatrixLayout, block: Block) -> Exchange:
+    """Add what was measured of a batch to `measured`; the squares of the gradients come first, NaN where unknown."""
+    assert block.measures is not None
+    grads = torch.full_like(block.measures[:, :1], torch.nan)
+    if block.grad_squares is not None:
+        grads = yield from summed(block.grad_squares[:, None], layout)
+    measured += [(u.entry, u.slot, row) for u, row in zip(units, torch.cat([grads, block.measures], -1), strict=True)]
 
 
 def _hyper(entry: Entry, on_device: bool) -> Hyper:

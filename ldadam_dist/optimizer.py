@@ -13,14 +13,13 @@ from torch.optim import Optimizer
 from ldadam_dist import arguments
 from ldadam_dist.adamw import step_vectors
 from ldadam_dist.adapters import Adapter, adapter_for
-from ldadam_dist.capture import Capturable
 from ldadam_dist.consistency import check_ranks_agree
 from ldadam_dist.entries import UNUSABLE, Entry, first_matrix, names_of
 from ldadam_dist.gradients import inspect_gradients, warn_skipped
 from ldadam_dist.in_grad import refuse_replicas
+from ldadam_dist.inspection import Inspectable
 from ldadam_dist.lowrank import plan_windows, step_matrices
 from ldadam_dist.partitions import FlatPartition, Partitions
-from ldadam_dist.placement import Placement, placement
 from ldadam_dist.plan import WINDOW_ELEMENTS, Unit
 from ldadam_dist.rules import DEFAULT_RANK, dtype_name, global_shape, low_rank_matrices
 from ldadam_dist.runtime import during, start_anew
@@ -28,7 +27,7 @@ from ldadam_dist.state import init_state
 from ldadam_dist.state_dicts import Loading, with_floating_errors
 
 
-class LDAdamW(Capturable):
+class LDAdamW(Inspectable):
     """AdamW with low-rank moments in a subspace that follows the gradient at every step (arXiv 2410.16103).
 
     Each step of a matrix: the error of earlier projections is added to the gradient; one power iteration refreshes
@@ -78,6 +77,7 @@ class LDAdamW(Capturable):
             their own. Only backward may write there (docs/performance.md); clip with `ldadam_dist.clip_grad_norm_`.
         capturable: from the second step on the host reads nothing, so that a CUDA graph can hold a step of one device;
             an `lr` that changes is to be a tensor there. Skipped steps are counted without a warning.
+        metrics_every: after how many steps to measure one, for `metrics()`; 0 for none. The same on all ranks.
 
     Raises:
         ValueError: a hyperparameter out of range, arguments of another optimizer, flattened parameters, placements that
@@ -106,6 +106,7 @@ class LDAdamW(Capturable):
         window_elements: int = WINDOW_ELEMENTS,
         error_in_grad: bool = False,
         capturable: bool = False,
+        metrics_every: int = 0,
         **unknown: Any,
     ) -> None:
         arguments.refuse_foreign(list(unknown))
@@ -133,6 +134,7 @@ class LDAdamW(Capturable):
             flatten=False,
             communication=communication,
             capturable=capturable,
+            metrics_every=metrics_every,
         )
         super().__init__(params, defaults, error_in_grad)
         arguments.check_projects([(e.name, e.param, e.group) for e in self._entries()])
@@ -260,17 +262,7 @@ class LDAdamW(Capturable):
         step_vectors(entry for entry in entries if entry.matrices is None)
         for together in self._stepped_together(entries):
             matrices = [entry for entry in together if entry.matrices is not None]
-            step_matrices(matrices, self._windows(matrices))
-
-    def placement(self) -> Placement:
-        """Where every parameter's states are, who owns its matrices, how it is stepped and what that moves.
-
-        `print(optimizer.placement())` gives a table. It asks no other rank, before the first step and after.
-        """
-        self.attach_found()
-        parts = self._stepped_together(list(self._entries(whole_engine=True)))
-        windows = (self._windows([entry for entry in part if entry.matrices is not None]) for part in parts)
-        return Placement(row for part, plan in zip(parts, windows, strict=True) for row in placement(part, plan))
+            self._keep_measures(matrices, step_matrices(matrices, self._windows(matrices)))
 
     def attach_partitions(
         self, partitions: Sequence[FlatPartition], overflowed: Callable[[], bool] = lambda: False

@@ -16,8 +16,9 @@ from ldadam_dist.state import SCALE, check_places, decoded, step_device, stored,
 Entries = Iterable[tuple[Tensor, list[Entry]]]
 """Each parameter, or flat tensor, with what is stepped of it, in the order of the groups."""
 
-STORAGE = ("error_dtype", "state_dtype", "stochastic_rounding", "capturable")
-"""Settings of a group that say how its states are stored: a checkpoint has the states of any, and changes none."""
+STORAGE = ("error_dtype", "state_dtype", "stochastic_rounding", "capturable", "metrics_every")
+"""Settings of a group that say how its states are stored or looked at: a checkpoint has the states of any, and changes
+none."""
 
 
 def with_floating_errors(

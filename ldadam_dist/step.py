@@ -34,6 +34,7 @@ from ldadam_dist.algebra import (
     test_matrix,
 )
 from ldadam_dist.layout import MatrixLayout, Part
+from ldadam_dist.measures import MEASURES, measure, spread, squares, summed
 from ldadam_dist.requests import Delegate, Exchange, Gather, OnOwner, ScatterSum, Sum, alone
 from ldadam_dist.separate import Separate
 from ldadam_dist.weights import Weights
@@ -41,7 +42,8 @@ from ldadam_dist.weights import Weights
 
 @dataclass(frozen=True)
 class Hyper:
-    """Hyperparameters of one step, as in `LDAdamW`; `exact_init` asks for an SVD of the first gradient."""
+    """Hyperparameters of one step, as in `LDAdamW`; `exact_init` asks for an SVD of the first gradient, `measured` for
+    `Block.measures`."""
 
     lr: Factor
     betas: tuple[float, float]
@@ -51,6 +53,7 @@ class Hyper:
     proj_method: str
     error_feedback: bool
     exact_init: bool
+    measured: bool = False
 
     def kept(self, moves: Factor) -> Factor:
         """1 − lr·wd, the part of the weights that decay leaves; `moves` as in `Block`."""
@@ -67,6 +70,8 @@ class Block:
         weight: (b, m_local, n_local), under replicas all columns that they hold; updated in place, as it is stored.
         projector: (b, stored rows, r).
         exp_avg, exp_avg_sq: (b, r, stored columns).
+        measures: (b, 6), what a measured step tells of the matrices (`measures.MEASURES`); None before.
+        grad_squares: (b,), of this process's gradients; None if that is not asked for, or they are in errors already.
         moves: 1; or a tensor () with 1 or 0 that says on the device whether error and weight change in this step.
     """
 
@@ -76,6 +81,8 @@ class Block:
     exp_avg: Tensor
     exp_avg_sq: Tensor
     moves: Factor = 1.0
+    measures: Tensor | None = None
+    grad_squares: Tensor | None = None
 
 
 def ldadam_step(block: Block, layout: MatrixLayout, hyper: Hyper, t: int | Tensor) -> Exchange:
@@ -93,10 +100,14 @@ def ldadam_step(block: Block, layout: MatrixLayout, hyper: Hyper, t: int | Tenso
     A, M, V, moves = block.accumulated, block.exp_avg, block.exp_avg_sq, block.moves
     (beta1, beta2), k = hyper.betas, hyper.betas[0] / (1 - hyper.betas[0])
 
+    told = [squares(A)] if hyper.measured else None
+    R = None
+
     if isinstance(t, int) and t == 1:
         assert isinstance(A, Tensor)
         U_new = yield from first_projector(A, layout, hyper)
         g = yield ScatterSum(layout.over_m, U_new.mT @ A)
+        told = told and [*told, squares(g)]
         M, V = (1 - beta1) * g, (1 - beta2) * g.square()
         momentum = []
     else:
@@ -105,6 +116,7 @@ def ldadam_step(block: Block, layout: MatrixLayout, hyper: Hyper, t: int | Tenso
         M_whole = yield Gather(layout.over_m, M, -1, layout.n_local)
         U_new = yield from next_projector(A, U, M, M_whole, b1, layout, hyper)
         g = yield ScatterSum(layout.over_m, U_new.mT @ A)
+        told = told and [*told, squares(g)]
         R = yield Sum(layout.over_m, U_new.mT @ U)
         M_rotated = R @ M
         V = rotate_second_moment(V, M, R, M_rotated, bias1=b1, bias2=b2, decay=beta2)
@@ -119,6 +131,9 @@ def ldadam_step(block: Block, layout: MatrixLayout, hyper: Hyper, t: int | Tenso
     # W = (1 − lr·wd) W − lr·s U' D, with s D Adam's direction
     b1, b2 = bias_corrections(hyper.betas, t, A.dtype)
     D, s = adam_direction(M, V, bias1=b1, bias2=b2, eps=hyper.eps)
+    if told:
+        told = [*told, squares(A) * hyper.error_feedback, squares(D) * (hyper.lr * s) ** 2]
+        block.measures = yield from measure(torch.stack(told, dim=-1), U_new, R, layout)
     D = yield Gather(layout.over_m, D, -1, layout.n_local)
     D = yield Gather(layout.replicas, D, -1, layout.weight_columns)
     block.weight.add_product_(U_new, D, keep=hyper.kept(moves), factor=-moves * hyper.lr * s)
@@ -136,16 +151,20 @@ def step_on_owner(block: Block, layout: MatrixLayout, hyper: Hyper, t: int) -> E
         update = torch.zeros_like(A)  # a zero weight becomes the update
         whole = Block(accumulated=A, weight=Weights(update), projector=U, exp_avg=M, exp_avg_sq=V)
         states = alone(ldadam_step(whole, MatrixLayout(layout.m, layout.n, layout.rank), hyper, t))
-        return (update, *states, A)[: len(returns)]  # A has become the error
+        told = () if whole.measures is None else (spread(whole.measures, layout.n),)
+        return (update, *states, *told, *((A,) if hyper.error_feedback else ()))  # A has become the error
 
     matrix, projector = Part("block", layout.m, layout.n), Part("projector", layout.m, layout.rank)
     moments = Part("moments", layout.rank, layout.n)
     assert isinstance(block.accumulated, Tensor)
     tensors = (block.accumulated, block.projector, block.exp_avg, block.exp_avg_sq)
-    returns = (matrix, projector, moments, moments) + ((matrix,) if hyper.error_feedback else ())
-    update, U, M, V, *error = yield Delegate(tensors, (matrix, projector, moments, moments), step_whole, returns)
-    if error:
-        block.accumulated = error[0]
+    told = (Part("moments", len(MEASURES), layout.n),) if hyper.measured else ()
+    returns = (matrix, projector, moments, moments, *told, *((matrix,) if hyper.error_feedback else ()))
+    update, U, M, V, *more = yield Delegate(tensors, (matrix, projector, moments, moments), step_whole, returns)
+    if hyper.measured:
+        block.measures = yield from summed(more.pop(0).sum(-1), layout)
+    if hyper.error_feedback:
+        block.accumulated = more[0]
 
     update = yield Gather(layout.replicas, update, -1, layout.weight_columns)
     block.weight.add_(update, keep=hyper.kept(1.0))

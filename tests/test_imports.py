@@ -30,7 +30,8 @@ ALLOWED = {
     "selection": {"identity", "rules"},
     "param_groups": {"selection", "quantized", "rules", "tables"},
     "traffic": {"tables"},
-    "step": {"algebra", "requests", "layout", "separate", "weights"},
+    "measures": {"layout", "requests", "separate"},
+    "step": {"algebra", "requests", "layout", "measures", "separate", "weights"},
     "runtime": {"requests", "layout"},
     "costs": {"layout"},
     "plan": {"costs", "layout"},
@@ -53,12 +54,15 @@ ALLOWED = {
     "state": {"entries", "adapters", "buckets", "fragments", "layout", "quantized", "rules"},
     "state_dicts": {"arguments", "entries", "partitions", "state"},
     "placement": {"entries", "state", "plan", "costs", "layout", "quantized", "rules", "tables"},
-    "lowrank": {"entries", "state", "plan", "costs", "buckets", "fragments", "step", "requests", "runtime", "rules"},
+    "lowrank": {
+        *("entries", "state", "plan", "costs", "buckets", "fragments", "step", "requests", "runtime", "rules"),
+        *("layout", "measures"),
+    },
     "capture": {"adamw", "entries", "gradients", "in_grad", "lowrank", "plan"},
+    "inspection": {"capture", "entries", "lowrank", "measures", "placement", "plan", "runtime"},
     "optimizer": {
         *("arguments", "rules", "adapters", "entries", "partitions", "gradients", "in_grad", "consistency", "state"),
-        *("state_dicts", "capture"),
-        *("adamw", "lowrank", "plan", "placement", "runtime"),
+        *("state_dicts", "inspection", "adamw", "lowrank", "plan", "runtime"),
     },
     "__init__": {"_version", "in_grad", "optimizer", "param_groups", "traffic"},
 }
