@@ -141,6 +141,9 @@ class OptimizerOptions:
         False,
         "ldadamw: gradients accumulate into the errors; with clip=0 that saves their memory, and no norm is logged",
     )
+    metrics_every: int = option(
+        0, "ldadamw: measure norms, captured energy and the subspace every so many steps, for the next log; 0: never"
+    )
     warmup_steps: int = option(40, "steps of linear warm-up")
     min_lr_ratio: float = option(0.1, "the cosine ends at this share of the peak")
 
@@ -148,17 +151,18 @@ class OptimizerOptions:
         for name in ("lr", "lr_other", "eps"):
             value = getattr(self, name)
             expect(math.isfinite(value) and value > 0, f"{name}={value}: expected a positive number")
-        for name in ("weight_decay", "clip", "warmup_steps"):
+        for name in ("weight_decay", "clip", "metrics_every", "warmup_steps"):
             value = getattr(self, name)
             expect(math.isfinite(value) and value >= 0, f"{name}={value}: expected zero or more")
         expect(
             self.betas is None or all(0 <= beta < 1 for beta in self.betas),
             f"betas={self.betas}: expected two numbers in [0, 1)",
         )
-        expect(
-            not (self.error_in_grad and self.optimizer != "ldadamw"),
-            f"error_in_grad=True with optimizer={self.optimizer}, which has no error: remove one",
-        )
+        for name in ("error_in_grad", "metrics_every"):
+            expect(
+                not getattr(self, name) or self.optimizer == "ldadamw",
+                f"{name}={getattr(self, name)} with optimizer={self.optimizer}, which has no such option: remove one",
+            )
         expect(self.rank >= 1, f"rank={self.rank}: expected at least 1")
         expect(0 <= self.rho < 1, f"rho={self.rho}: expected [0, 1)")
         expect(0 <= self.min_lr_ratio <= 1, f"min_lr_ratio={self.min_lr_ratio}: expected [0, 1]")

@@ -71,6 +71,10 @@ class Engine(ABC):
     def skipped_steps(self) -> int:
         return int(getattr(self.optimizer, "skipped_steps", 0))
 
+    def metrics(self) -> dict[str, float]:
+        """What the optimizer's last measured step was like, if it measures; every rank takes part."""
+        return self.optimizer.metrics().total if self.optimizer.defaults.get("metrics_every") else {}
+
     @abstractmethod
     def save(self, folder: Path, world: World, background: bool) -> Callable[[], Any]:
         """Write model and optimizer as they are now; every rank takes part.

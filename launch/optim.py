@@ -40,6 +40,7 @@ def build_optimizer(model: nn.Module, options: OptimizerOptions) -> torch.optim.
             state_dtype=options.state_dtype,
             stochastic_rounding=options.stochastic_rounding,
             error_in_grad=options.error_in_grad,
+            metrics_every=options.metrics_every,
         )
     except ValueError as error:
         raise ConfigError(f"optimizer={options.optimizer}: {error}") from error

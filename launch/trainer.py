@@ -155,6 +155,7 @@ class Trainer:
                 "optimizer_step_seconds": update.seconds,
                 "skipped_steps": self.engine.skipped_steps,
             }
+            record |= {f"ldadamw/{name}": value for name, value in self.engine.metrics().items()}
             progress.elapsed_seconds = record["elapsed_seconds"]
             if self.log:
                 self.log.write(record)

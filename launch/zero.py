@@ -146,7 +146,7 @@ def zero_settings(config: Config, world: World, micro_batch_size: int) -> dict[s
     for name in "lr lr_other eps weight_decay rank rho proj_type proj_method error_feedback".split():
         value = getattr(options, name)
         wanted[f"optimizer.params.{name}"] = (value, f"{name}={value}")
-    for name in "error_dtype state_dtype stochastic_rounding".split():
+    for name in "error_dtype state_dtype stochastic_rounding metrics_every".split():
         if value := getattr(options, name):  # else the JSON may have its own
             wanted[f"optimizer.params.{name}"] = (value, f"{name}={value}")
     for name, (value, option) in wanted.items():

@@ -69,6 +69,17 @@ def test_trains_like_one_process_without_deepspeed(name: str, run: Run, plain: R
     assert_same_curves(read_log(run(*under(name))), read_log(plain("ldadamw")), relative=2e-5)
 
 
+@pytest.mark.parametrize("name", ["zero2", pytest.param("zero3", marks=pytest.mark.slow)])
+def test_metrics_are_those_of_one_process(name: str, run: Run, tiny_config: Path, tmp_path: Path) -> None:
+    options = ("--metrics_every", "1")
+    assert pretrain(["--config", str(tiny_config), "--output_dir", str(tmp_path / "run"), *options]) == 0
+    for found, expected in zip(read_log(run(*under(name), *options)), read_log(tmp_path / "run"), strict=True):
+        told = {key for key in expected if key.startswith("ldadamw/")} - {"ldadamw/wire_bytes"}
+        assert len(told) >= 6
+        expected = {key: expected[key] for key in told}
+        assert {key: found[key] for key in told} == pytest.approx(expected, rel=1e-3, abs=1e-5)
+
+
 @pytest.mark.slow
 def test_accumulates_and_recomputes(run: Run, plain: Run, tmp_path: Path) -> None:
     """Under ZeRO-3 that gathers every weight when it is needed; so small ones stay, if the shipped JSON decides."""

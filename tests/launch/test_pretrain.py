@@ -75,8 +75,13 @@ def test_accumulation_and_checkpointing_train_like_one(
     one_rank: Path, optimizer: str, parallel: str, tiny_config: Path, tmp_path: Path, ranks: Callable[..., None]
 ) -> None:
     options = ["--parallel", parallel, "--micro_batch_size", "2", "--activation_checkpointing", "true"]
+    options += ["--metrics_every", "2"]
     ranks(2, "--config", tiny_config, "--optimizer", optimizer, "--output_dir", tmp_path / "run", *options)
-    assert_same_curves(read_log(tmp_path / "run"), read_log(one_rank), relative=2e-5)
+    records = read_log(tmp_path / "run")
+    assert_same_curves(records, read_log(one_rank), relative=2e-5)
+    assert "ldadamw/captured_energy" not in records[0]
+    assert all(0 < record["ldadamw/captured_energy"] < 1 for record in records[1:])
+    assert records[1]["ldadamw/error_norm"] == records[2]["ldadamw/error_norm"] != records[3]["ldadamw/error_norm"]
 
 
 def interrupted(run: Path, folder: Path) -> Path:
