@@ -280,7 +280,9 @@ class LDAdamW(Inspectable):
             ValueError: parameters that do not fit into their flat tensors; process_group= or error_in_grad.
         """
         if self._process_group is not None or self.error_in_grad or self.defaults["capturable"]:
-            raise ValueError("an engine cuts states itself: leave process_group=, error_in_grad and capturable out.")
+            raise ValueError(
+                "an engine cuts states: build LDAdamW without process_group= and error_in_grad, not capturable."
+            )
         found = Partitions(partitions, self.param_groups, overflowed)
         self._forget()
         self._partitions = found
