@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -217,6 +218,17 @@ def wait_until(deadline: float, what: str) -> None:
 
 def _nothing(*_: Any) -> None:
     """What the others do while the main process does something."""
+
+
+def leave(code: int) -> NoReturn:
+    """End this process at once, when the others do not know that it fails.
+
+    To end as usual it would wait for what is under way, a checkpoint or collectives, and the others wait for it: they
+    and the launcher hear that it failed when its connections and its process are gone.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def stop() -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -39,10 +40,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if world is None or world.is_main or alone:
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 2 if isinstance(error, ConfigError) else 1
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:
+        alone = world is None or world.size == 1
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            print(f"error: {error}. Free some space and start the same command again", file=sys.stderr, flush=True)
+        elif alone:
             raise
-        print(f"error: {error}. Free some space and start the same command again", file=sys.stderr, flush=True)
+        else:
+            traceback.print_exc()
+        if not alone:
+            distributed.leave(1)
         return 1
     finally:
         distributed.stop()

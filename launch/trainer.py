@@ -110,8 +110,10 @@ class Trainer:
             with StopRequest() as request:
                 stopped_by = self.run_steps(request)
                 self.checkpointer.wait()
-        finally:
+        except FloatingPointError:  # on every rank, so that what is being written can be waited for
             self.checkpointer.close()
+            raise
+        finally:
             if self.log:
                 self.log.close()
         if self.world.is_main:

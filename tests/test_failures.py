@@ -9,10 +9,12 @@ import signal
 import time
 from dataclasses import asdict
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import models
 import pytest
+import torch
 import torch.distributed as dist
 from distributed import run_failing, run_ranks
 from test_sharded import shard
@@ -20,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from zero_runs import Run, engine_of, train_step
 
 from ldadam_dist import LDAdamW
-from ldadam_dist.runtime import failures, schedule
+from ldadam_dist.runtime import collectives, failures, schedule
 from ldadam_dist.runtime.failures import Report
 
 VICTIM = 2
@@ -108,6 +110,30 @@ CASES = [
 )
 def test_who_did_not_come_is_named_with_the_matrices(ranks: int, layout: str, how: str, when: str) -> None:
     check_messages(run_failing(ranks, train, layout, how, when), how, when)
+
+
+def call_without_the_other(name: str) -> None:
+    """Rank 1 dies while rank 0 waits for it, and the group's time limit is far away."""
+    dist.barrier()
+    if dist.get_rank() == 1:
+        time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGKILL)
+    whole, mine = torch.ones(4), torch.ones(2)
+    calls = {
+        "all_reduce": partial(dist.all_reduce, mine),
+        "all_gather": partial(collectives._all_gather, whole, mine),
+        "reduce_scatter": partial(collectives._reduce_scatter, mine, whole),
+    }
+    failures.finish(failures.complete([calls[name]], dist.group.WORLD))
+
+
+@pytest.mark.parametrize("name", ["all_reduce", "all_gather", "reduce_scatter"])
+def test_a_collective_that_has_failed_is_not_waited_for(name: str) -> None:
+    """gloo's reduce-scatter does not say that it is complete when it has failed."""
+    survivor, dead = run_failing(2, call_without_the_other, name, timeout=600.0)
+    assert dead is None
+    assert survivor is not None
+    assert f"CollectiveError: {name}" in survivor
 
 
 def train_after_a_failure_that_torchrun_survived() -> int:

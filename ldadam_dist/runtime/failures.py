@@ -125,11 +125,14 @@ def finish(waiting: Waiting[T]) -> T:
 def _wait(work: Any, group: Any) -> None:
     deadline = time.monotonic() + _timeout(group) + PERIOD  # gloo's own error comes first, if it can
     while True:
+        began = time.monotonic()
         try:
             work.wait(timedelta(seconds=PERIOD))
             return
         except RuntimeError:
-            if work.is_completed() or time.monotonic() > deadline:
+            now = time.monotonic()
+            # gloo's reduce-scatter is not complete when it has failed either: an error that came at once is its own.
+            if work.is_completed() or now - began < PERIOD / 2 or now > deadline:
                 raise
         gone = _board.reports().keys() & set(dist.get_process_group_ranks(group))
         if gone:

@@ -1,4 +1,4 @@
-"""launch/pretrain.py, one rank of which is killed once: what FAULT names, on rank FAULT_RANK, in step FAULT_STEP.
+"""launch/pretrain.py, one rank of which is killed or fails once: by FAULT, on rank FAULT_RANK, in step FAULT_STEP.
 
 FAULT_MARKER is a file that tells the next life of the run that it happened.
 """
@@ -8,6 +8,8 @@ import os
 import shutil
 import signal
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,11 +29,17 @@ AT_STEP, ON_RANK = int(os.environ["FAULT_STEP"]), int(os.environ["FAULT_RANK"])
 MARKER = Path(os.environ["FAULT_MARKER"])
 step_number = 1
 calls = itertools.count(1)
+hangs = threading.Event()
+
+
+def is_time() -> bool:
+    """Whether this process is the one, from the step on, in the first life of the run."""
+    return step_number >= AT_STEP and int(os.environ["RANK"]) == ON_RANK and not MARKER.exists()
 
 
 def strike(*_: Any) -> None:
-    """Kill this process, if it is the one, from the step on, in the first life of the run."""
-    if step_number >= AT_STEP and int(os.environ["RANK"]) == ON_RANK and not MARKER.exists():
+    """Kill this process, if it is time."""
+    if is_time():
         MARKER.touch()
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -78,6 +86,24 @@ def strike_at_old(path: Path, *_: Any) -> None:
         strike()
 
 
+def hang(*_: Any) -> None:
+    """As on a disk that does not answer."""
+    if is_time():
+        hangs.set()
+        time.sleep(3600)
+
+
+def fail_while_a_checkpoint_hangs(_: torch.Tensor) -> None:
+    if is_time() and hangs.wait(60 if step_number > AT_STEP else 0):
+        MARKER.touch()
+        raise RuntimeError("one rank fails")
+
+
+def fail_and_hang() -> None:
+    before(checkpoint, "write_sums", hang)
+    after(engine.Engine, "loss", fail_while_a_checkpoint_hangs)
+
+
 FAULTS: dict[str, Callable[[], None]] = {
     "forward": lambda: after(engine.Engine, "loss", strike),
     "backward": lambda: after(engine.Engine, "loss", strike_in_backward),
@@ -87,6 +113,7 @@ FAULTS: dict[str, Callable[[], None]] = {
     "checksums": lambda: before(checkpoint, "write_sums", strike),
     "rename": lambda: before(Path, "rename", strike),
     "delete": lambda: before(shutil, "rmtree", strike_at_old),
+    "raise": fail_and_hang,
 }
 
 if __name__ == "__main__":
