@@ -41,14 +41,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 2 if isinstance(error, ConfigError) else 1
     except Exception as error:
-        alone = world is None or world.size == 1
+        has_others = world is not None and world.size > 1
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             print(f"error: {error}. Free some space and start the same command again", file=sys.stderr, flush=True)
-        elif alone:
-            raise
-        else:
+        elif has_others:
             traceback.print_exc()
-        if not alone:
+        else:
+            raise
+        if has_others:
             distributed.leave(1)
         return 1
     finally:

@@ -94,7 +94,8 @@ def hang(*_: Any) -> None:
 
 
 def fail_while_a_checkpoint_hangs(_: torch.Tensor) -> None:
-    if is_time() and hangs.wait(60 if step_number > AT_STEP else 0):
+    """In the step after the checkpoint's, when it has come to hang."""
+    if step_number > AT_STEP and is_time() and hangs.wait(60):
         MARKER.touch()
         raise RuntimeError("one rank fails")
 
