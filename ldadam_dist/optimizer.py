@@ -300,6 +300,7 @@ class LDAdamW(Inspectable):
 
     def state_dict(self) -> dict[str, Any]:
         """The state as `torch.optim.Optimizer.state_dict`; an error in 8 or 4 bits appears in bfloat16, exactly."""
+        self.attach_found()
 
         def decode(_: Optimizer, made: dict[str, Any]) -> dict[str, Any]:
             return with_floating_errors(made, self._entries_by_param, self._partitions)

@@ -9,7 +9,7 @@ import difflib
 import inspect
 import sys
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import deepspeed
@@ -82,6 +82,26 @@ def attach(engine: Any) -> LDAdamW:
     return optimizer
 
 
+def attach_in_use(optimizer: LDAdamW, model: nn.Module) -> None:
+    """Attach an optimizer by itself, where a library makes the engine and keeps it, as Hugging Face's Trainer does.
+
+    The engine is found on the call stack as soon as it runs the model, steps, saves or loads.
+
+    Args:
+        optimizer: that will be given to `deepspeed.initialize`.
+        model: that will be given to it too.
+    """
+
+    def attach_found_engine() -> None:
+        _attach(
+            _engine_on_stack(
+                "no DeepSpeed engine is at work yet: ask again after the first step, or call attach(engine)."
+            )
+        )
+
+    _attach_in_use(optimizer, model, attach_found_engine)
+
+
 def _attach(engine: Any) -> ZeroLayout:
     if not isinstance(engine, DeepSpeedEngine):
         raise ValueError(f"expected the engine that deepspeed.initialize returns first, found {type(engine).__name__}.")
@@ -125,7 +145,9 @@ def _from_json(model_parameters: Sequence[Any], **params: Any) -> LDAdamW:
     DeepSpeed looks such a name up in torch.optim and hands over nothing but parameters. So the engine that asks, and
     with it the model, are found on the call stack.
     """
-    engine = _engine_on_stack()
+    engine = _engine_on_stack(
+        "torch.optim.LDAdamW is what DeepSpeed's JSON names; no engine is asking for it. Use ldadam_dist.LDAdamW."
+    )
     refuse_unsupported(engine)
     known = [*_GROUP_OPTIONS, *inspect.signature(LDAdamW).parameters]
     for key in params.keys() - set(known) | params.keys() & {"params", "process_group", "unknown"}:
@@ -137,29 +159,31 @@ def _from_json(model_parameters: Sequence[Any], **params: Any) -> LDAdamW:
     shared = {key: options[key] for key in ("rank", "lr", "weight_decay", "proj_type") if key in options}
     optimizer = LDAdamW(groups, **shared, **params)
 
-    # The flat tensors are not there yet. They are by the first forward, or by the first use of the optimizer.
     found = weakref.ref(engine)
-    optimizer.attach_when_needed(lambda: _attach(found()))
+    _attach_in_use(optimizer, engine.module, lambda: _attach(found()))
     _checkpoints(engine, optimizer)
+    return optimizer
+
+
+def _attach_in_use(optimizer: LDAdamW, module: nn.Module, attach: Callable[[], Any]) -> None:
+    """Attach when the flat tensors are there: at the first forward, or the first use of the optimizer."""
+    optimizer.attach_when_needed(attach)
 
     def before_forward(*_: Any) -> None:
         hook.remove()
         optimizer.attach_found()
 
-    hook: Any = engine.module.register_forward_pre_hook(before_forward)
-    return optimizer
+    hook: Any = module.register_forward_pre_hook(before_forward)
 
 
-def _engine_on_stack() -> DeepSpeedEngine:
+def _engine_on_stack(otherwise: str) -> DeepSpeedEngine:
     frame = sys._getframe(1)
     while frame is not None:
         candidate = frame.f_locals.get("self")
         if isinstance(candidate, DeepSpeedEngine):
             return candidate
         frame = frame.f_back  # type: ignore[assignment]
-    raise RuntimeError(
-        "torch.optim.LDAdamW is what DeepSpeed's JSON names; no engine is asking for it. Use ldadam_dist.LDAdamW."
-    )
+    raise RuntimeError(otherwise)
 
 
 def _build_groups(model: nn.Module, given: Sequence[Any], options: Mapping[str, Any]) -> list[dict[str, Any]]:

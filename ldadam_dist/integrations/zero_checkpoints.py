@@ -37,7 +37,6 @@ class ZeroCheckpoints:
         self._form: FlatForm | None = None
         self._folder: UniversalFolder | None = None
         self._wanted: dict[str, Any] = {}
-        optimizer.register_state_dict_pre_hook(lambda _: optimizer.attach_found())
         optimizer.register_state_dict_post_hook(lambda o, state: self._attached().save(o, state))
         optimizer.register_load_state_dict_pre_hook(lambda o, state: self._attached().load(o, state))
         if engine.load_universal_checkpoint():
