@@ -45,7 +45,7 @@ class ZeroEngine(Engine):
         super().__init__(model, config, world)
         self._universal = universal
         self.parallel = f"ZeRO-{settings['zero_optimization']['stage']}"
-        prepare_deepspeed(world)
+        prepare_deepspeed(world.local_rank, on_cpu=world.device.type == "cpu")
         import deepspeed
 
         from ldadam_dist.integrations.deepspeed import initialize
@@ -89,20 +89,20 @@ class ZeroEngine(Engine):
             self.module.load_checkpoint(str(folder), tag=TAG)
 
 
-def prepare_deepspeed(world: World) -> None:
+def prepare_deepspeed(local_rank: int, on_cpu: bool) -> None:
     """Import DeepSpeed for the run's device, and have it say no more than warnings.
 
     Raises:
         ConfigError: it is not installed.
     """
-    os.environ["LOCAL_RANK"] = str(world.local_rank)  # not set in a process that no launcher started
-    if world.device.type == "cpu":
+    os.environ["LOCAL_RANK"] = str(local_rank)  # not set in a process that no launcher started
+    if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     try:
         import deepspeed.ops
     except ImportError as error:
         raise ConfigError("deepspeed is not installed: pip install -e '.[deepspeed]'") from error
-    if world.device.type == "cpu":
+    if on_cpu:
         # When its communication starts, DeepSpeed would compile an operator for ranks that share memory, for minutes.
         # Without the operator it takes gloo.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

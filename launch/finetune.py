@@ -1,0 +1,208 @@
+"""Fine-tune a text classifier with Hugging Face's Trainer, with LDAdamW or AdamW, on one device or many.
+
+python launch/finetune.py --config configs/finetune/classify.yaml --model MODEL --data DATA --output_dir runs/a
+accelerate launch --config_file configs/accelerate/fsdp2.yaml launch/finetune.py --config ... --output_dir runs/a
+torchrun --standalone --nproc-per-node 2 launch/finetune.py --config ... --output_dir runs/a
+
+MODEL and DATA are names on the Hugging Face hub, or local folders. DATA may also be a CSV, TSV, JSONL or Parquet file.
+Options of transformers' TrainingArguments are options here too.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+# Run as a file, Python looks for modules in launch/ alone: name the repository as well.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from launch.config import ConfigError, expect
+
+
+@dataclass
+class FinetuneOptions:
+    """What is trained on what, and by which optimizer."""
+
+    model: str = field(metadata={"help": "name on the hub, or folder, of a pretrained transformer"})
+    data: str = field(metadata={"help": "name on the hub, folder or file of labelled texts"})
+    text_column: str = field(default="text", metadata={"help": "column of the texts"})
+    label_column: str = field(default="label", metadata={"help": "column of the classes, whole numbers or words"})
+    validation_fraction: float = field(
+        default=0.1, metadata={"help": "part of the texts held out where data has no validation or test split"}
+    )
+    max_length: int = field(default=128, metadata={"help": "tokens of a text; longer ones are cut"})
+    optimizer: str = field(default="ldadamw", metadata={"help": "ldadamw or adamw", "choices": ["ldadamw", "adamw"]})
+    rank: int | None = field(default=None, metadata={"help": "directions kept of each matrix (default 16)"})
+    lr_other: float | None = field(
+        default=None, metadata={"help": "learning rate of embeddings, norms and biases (default: learning_rate)"}
+    )
+    metrics_every: int | None = field(
+        default=None, metadata={"help": "measure every so many steps (default: logging_steps); 0 for none"}
+    )
+    fresh: bool = field(default=False, metadata={"help": "start anew though output_dir has checkpoints"})
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code: 0; 2 for options, a model or data that cannot be used."""
+    try:
+        options, args = parse(sys.argv[1:] if arguments is None else arguments)
+        result = finetune(options, args)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    if args.process_index == 0:
+        print(" ".join(f"{name}={value:.4f}" for name, value in sorted(result.items()) if name.startswith("eval_")))
+    return 0
+
+
+def parse(arguments: Sequence[str]) -> tuple[FinetuneOptions, Any]:
+    """Options from a YAML file, if --config names one, and from the command line, which comes first.
+
+    Returns:
+        the options, and transformers' TrainingArguments.
+    """
+    import torch
+    import yaml
+    from transformers import HfArgumentParser, TrainingArguments
+
+    parser = HfArgumentParser((FinetuneOptions, TrainingArguments), description=__doc__.partition("\n")[0])
+    parser.usage = "finetune.py [--config YAML] --model MODEL --data DATA --output_dir FOLDER [option ...]"
+    parser.add_argument("--config", type=Path, help="YAML file of options, as configs/finetune/classify.yaml")
+    known = {f.name: f for kind in (FinetuneOptions, TrainingArguments) for f in fields(kind) if f.init}
+    path = parser.parse_known_args(["--model=", "--data=", *arguments])[0].config
+    if path is not None:
+        try:
+            given = yaml.safe_load(path.read_text()) or {}
+        except (OSError, yaml.YAMLError) as error:
+            raise ConfigError(f"--config {path}: {' '.join(str(error).split())}") from error
+        expect(isinstance(given, dict), f"--config {path}: expected lines 'option: value'")
+        for name in given:
+            near = difflib.get_close_matches(str(name), known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else "--help lists the options"
+            expect(name in known, f"--config {path}: unknown option {name!r}; {hint}")
+        parser.set_defaults(**given)
+        for action in parser._actions:
+            action.required = action.required and action.dest not in given
+    values = vars(parser.parse_args(arguments))
+    del values["config"]
+    on_cpu = values["use_cpu"] or not torch.accelerator.is_available()
+    # Left to itself the Trainer would take a rank without a GPU for a run of its own.
+    values |= {"use_cpu": on_cpu, "dataloader_pin_memory": values["dataloader_pin_memory"] and not on_cpu}
+    values["deepspeed"] = _deepspeed(values["deepspeed"], on_cpu)
+    values["output_dir"] = values["output_dir"] or "runs/finetune"
+    try:
+        options, args = parser.parse_dict(values)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"training arguments: {' '.join(str(error).split())}") from error
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    expect(args.world_size == ranks, f"the Trainer sees {args.world_size} of {ranks} ranks: each would train by itself")
+    expect(
+        not (on_cpu and _asked_for("FSDP")),
+        "accelerate does not shard on a CPU: found its FSDP configuration, expected configs/accelerate/ddp.yaml",
+    )
+    for name in ("rank", "max_length"):
+        value = getattr(options, name)
+        expect(value is None or value >= 1, f"{name}={value}: expected a whole number of at least 1")
+    part = options.validation_fraction
+    expect(0 < part < 1, f"validation_fraction={part}: expected a part of the texts, between 0 and 1")
+    return options, args
+
+
+def _asked_for(engine: str) -> bool:
+    """Whether accelerate's configuration is for DEEPSPEED or FSDP."""
+    return os.environ.get(f"ACCELERATE_USE_{engine}", "false").lower() in ("1", "true", "yes")
+
+
+def _deepspeed(path: Any, on_cpu: bool) -> Any:
+    """DeepSpeed's JSON, without the optimizer that it names: that is the run's."""
+    if not path and not _asked_for("DEEPSPEED"):
+        return path
+    from launch.zero import prepare_deepspeed, read_json
+
+    prepare_deepspeed(int(os.environ.get("LOCAL_RANK", 0)), on_cpu)
+    if not path:
+        return path
+    settings = read_json(path)
+    for name, value in settings.pop("optimizer", {}).get("params", {}).items():
+        expect(
+            value == "auto", f"deepspeed={path}: optimizer.params.{name} is {value!r}, the run sets it: write 'auto'"
+        )
+    return settings
+
+
+def finetune(options: FinetuneOptions, args: Any) -> dict[str, float]:
+    """Train, evaluate and save; what was measured.
+
+    Raises:
+        ConfigError: the model, the data or the optimizer's settings cannot be used.
+    """
+    import numpy
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, Trainer
+    from transformers.trainer_utils import get_last_checkpoint
+
+    from launch.classes import labelled_texts
+
+    with args.main_process_first(desc="data"):
+        data = labelled_texts(options.data, options.text_column, options.label_column, options.validation_fraction)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(options.model)
+        model = AutoModelForSequenceClassification.from_pretrained(
+            options.model,
+            num_labels=len(data.classes),
+            id2label=dict(enumerate(data.classes)),
+            label2id={name: number for number, name in enumerate(data.classes)},
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"--model {options.model}: {str(error).splitlines()[0]}") from error
+    texts = data.texts.map(
+        lambda rows: tokenizer(rows["text"], truncation=True, max_length=options.max_length),
+        batched=True,
+        remove_columns="text",
+        load_from_cache_file=False,
+    )
+    optimizer, callbacks = _optimizer(options, args, model)
+    trainer = Trainer(
+        model=model,
+        args=args,
+        train_dataset=texts["train"],
+        eval_dataset=texts["validation"],
+        data_collator=DataCollatorWithPadding(tokenizer),
+        processing_class=tokenizer,
+        compute_metrics=lambda found: {"accuracy": float(numpy.mean(found.predictions.argmax(-1) == found.label_ids))},
+        callbacks=callbacks,
+        **optimizer,
+    )
+    folder = Path(args.output_dir)
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if folder.is_dir() and not options.fresh else None)
+    result: dict[str, float] = trainer.evaluate()
+    trainer.save_model()
+    trainer.save_state()
+    trainer.save_metrics("eval", result)
+    return result
+
+
+def _optimizer(options: FinetuneOptions, args: Any, model: Any) -> tuple[dict[str, Any], list[Any]]:
+    """Arguments of the Trainer for the optimizer, and callbacks."""
+    if options.optimizer == "adamw":
+        for name in ("rank", "lr_other", "metrics_every"):
+            expect(getattr(options, name) is None, f"{name} is an option of LDAdamW: not with optimizer=adamw")
+        return {}, []
+    from ldadam_dist.integrations.transformers import LDAdamWCallback, optimizer_cls_and_kwargs
+
+    settings = {name: getattr(options, name) for name in ("rank", "lr_other", "metrics_every")}
+    if settings["metrics_every"] is None:
+        settings["metrics_every"] = args.logging_steps if isinstance(args.logging_steps, int) else 0
+    try:
+        found = optimizer_cls_and_kwargs(args, **{name: value for name, value in settings.items() if value is not None})
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    return {"optimizer_cls_and_kwargs": found}, [LDAdamWCallback()]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
