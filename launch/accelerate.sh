@@ -57,6 +57,8 @@ fi
 expect_number main-process-port 1
 python=$(find_python)
 
+"$python" "$repository/launch/accelerate_config.py" "${option[config-file]}" || exit 2
+
 launcher=(
     "--config_file=${option[config-file]}" "--num_processes=${option[num-processes]}"
     "--num_machines=${option[num-machines]}" "--machine_rank=${option[machine-rank]}"

@@ -73,6 +73,8 @@ def parse(arguments: Sequence[str]) -> tuple[FinetuneOptions, Any]:
     parser = HfArgumentParser((FinetuneOptions, TrainingArguments), description=__doc__.partition("\n")[0])
     parser.usage = "finetune.py [--config YAML] --model MODEL --data DATA --output_dir FOLDER [option ...]"
     parser.add_argument("--config", type=Path, help="YAML file of options, as configs/finetune/classify.yaml")
+    # The loss of a class is the mean over a rank's texts: no tokens to count, and the Trainer would sum over ranks.
+    parser.set_defaults(average_tokens_across_devices=False)
     known = {f.name: f for kind in (FinetuneOptions, TrainingArguments) for f in fields(kind) if f.init}
     path = parser.parse_known_args(["--model=", "--data=", *arguments])[0].config
     if path is not None:
@@ -199,6 +201,8 @@ def _optimizer(options: FinetuneOptions, args: Any, model: Any) -> tuple[dict[st
         settings["metrics_every"] = args.logging_steps if isinstance(args.logging_steps, int) else 0
     try:
         found = optimizer_cls_and_kwargs(args, **{name: value for name, value in settings.items() if value is not None})
+        factory, chosen = found
+        factory()(model, **{**chosen, "deepspeed": False})  # what does not fit the model is known now
     except ValueError as error:
         raise ConfigError(str(error)) from error
     return {"optimizer_cls_and_kwargs": found}, [LDAdamWCallback()]
