@@ -190,22 +190,42 @@ def finetune(options: FinetuneOptions, args: Any) -> dict[str, float]:
 
 def _optimizer(options: FinetuneOptions, args: Any, model: Any) -> tuple[dict[str, Any], list[Any]]:
     """Arguments of the Trainer for the optimizer, and callbacks."""
-    if options.optimizer == "adamw":
-        for name in ("rank", "lr_other", "metrics_every"):
-            expect(getattr(options, name) is None, f"{name} is an option of LDAdamW: not with optimizer=adamw")
-        return {}, []
     from ldadam_dist.integrations.transformers import LDAdamWCallback, optimizer_cls_and_kwargs
 
-    settings = {name: getattr(options, name) for name in ("rank", "lr_other", "metrics_every")}
-    if settings["metrics_every"] is None:
-        settings["metrics_every"] = args.logging_steps if isinstance(args.logging_steps, int) else 0
+    metrics_every = options.metrics_every
+    if metrics_every is None:
+        metrics_every = args.logging_steps if isinstance(args.logging_steps, int) else 0
+    settings = {"rank": options.rank, "lr_other": options.lr_other, "metrics_every": metrics_every}
     try:
+        if options.optimizer == "adamw":
+            _adamw(model, options, args)
+            return {"optimizer_cls_and_kwargs": (lambda: _adamw, {"options": options, "args": args})}, []
         found = optimizer_cls_and_kwargs(args, **{name: value for name, value in settings.items() if value is not None})
         factory, chosen = found
         factory()(model, **{**chosen, "deepspeed": False})  # what does not fit the model is known now
     except ValueError as error:
         raise ConfigError(str(error)) from error
     return {"optimizer_cls_and_kwargs": found}, [LDAdamWCallback()]
+
+
+def _adamw(model: Any, options: FinetuneOptions, args: Any) -> Any:
+    """AdamW in LDAdamW's groups, so that a comparison differs in the rule alone."""
+    import torch
+
+    from ldadam_dist import build_param_groups
+
+    groups = build_param_groups(
+        model,
+        rank=options.rank,
+        lr=args.learning_rate,
+        lr_other=options.lr_other,
+        weight_decay=args.weight_decay,
+        include=args.optim_target_modules,
+        named=False,
+    )
+    groups = [{key: group[key] for key in ("params", "lr", "weight_decay") if key in group} for group in groups]
+    betas = (args.adam_beta1, args.adam_beta2)
+    return torch.optim.AdamW(groups, lr=args.learning_rate, betas=betas, eps=args.adam_epsilon)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from launch import finetune
@@ -127,7 +128,6 @@ def test_fsdp_on_a_cpu_is_refused(
         ("--text_column words", "has the columns text, label, not 'words': set text_column and label_column"),
         ("--optim adafactor", "optim='adafactor' in the training arguments asks for another optimizer"),
         ("--optim_args rnak=4", "unknown 'rnak' in optim_args; did you mean 'rank'?"),
-        ("--optimizer adamw", "rank is an option of LDAdamW: not with optimizer=adamw"),
         ("--eval_strategy steps --load_best_model_at_end true", "training arguments: "),
     ],
 )
@@ -139,6 +139,15 @@ def test_what_cannot_be_used(
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ")
     assert message in error
+
+
+def test_adamw_in_the_same_groups(tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    changed = ["--optimizer", "adamw", "--max_steps", "2", "--logging_steps", "1", "--lr_other", "1e-2", "--rank", "4"]
+    assert finetune.main([*tiny, *changed, "--output_dir", str(tmp_path), "--report_to", "none"]) == 0
+    assert "eval_accuracy=" in capsys.readouterr().out
+    saved = torch.load(tmp_path / "checkpoint-2" / "optimizer.pt", weights_only=True)
+    assert [group["initial_lr"] for group in saved["param_groups"]] == [5e-4, 1e-2, 1e-2]
+    assert {frozenset(state) for state in saved["state"].values()} == {frozenset({"step", "exp_avg", "exp_avg_sq"})}
 
 
 @pytest.mark.parametrize(
