@@ -149,11 +149,11 @@ def test_weights_and_metrics_are_those_of_one_process_and_resuming_is_exact(
         found = logged(str(tmp_path / run))
         steps = range(first, STEPS, EVERY)
         for name in metrics[1].keys() - {"wire_bytes", "orthogonality"}:
-            assert found[f"ldadam/{name}"] == pytest.approx({step: metrics[step][name] for step in steps}, rel=1e-4), (
+            assert found[f"ldadamw/{name}"] == pytest.approx({step: metrics[step][name] for step in steps}, rel=1e-4), (
                 name
             )
-        assert all(value < 1e-5 for value in found["ldadam/orthogonality"].values())
-        assert set(found["ldadam/wire_bytes"]) == set(steps)
+        assert all(value < 1e-5 for value in found["ldadamw/orthogonality"].values())
+        assert set(found["ldadamw/wire_bytes"]) == set(steps)
 
 
 @pytest.mark.parametrize(

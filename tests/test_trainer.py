@@ -167,9 +167,9 @@ def test_one_device_equals_a_loop_and_resumes_exactly(one_device: tuple[Any, ...
     assert resumed_alike
     assert len(logs) == STEPS
     for log in logs:
-        assert log["ldadam/error_norm"] > 0
-        assert log["ldadam/skipped_steps"] == 0
-        assert 0 < log["ldadam/captured_energy"] <= 1
+        assert log["ldadamw/error_norm"] > 0
+        assert log["ldadamw/skipped_steps"] == 0
+        assert 0 < log["ldadamw/captured_energy"] <= 1
 
 
 @pytest.mark.slow
@@ -181,7 +181,7 @@ def test_engines_equal_one_device_and_resume_exactly(engine: str, one_device: tu
         assert resumed_alike
         for log, other in zip(logs, one_logs, strict=True):
             for name in ("grad_norm", "update_norm", "error_norm", "captured_energy"):
-                assert log[f"ldadam/{name}"] == pytest.approx(other[f"ldadam/{name}"], rel=1e-3), name
+                assert log[f"ldadamw/{name}"] == pytest.approx(other[f"ldadamw/{name}"], rel=1e-3), name
 
 
 def name_in_json(folder: str) -> list[float]:
@@ -209,7 +209,7 @@ def name_in_json(folder: str) -> list[float]:
         model = models.tiny_llama(torch.float32)
         trainer = Trainer(model=model, args=args, train_dataset=sentences(), callbacks=[LDAdamWCallback()])
         trainer.train(resume_from_checkpoint=resume)
-    assert trainer.state.log_history[-2]["ldadam/error_norm"] > 0
+    assert trainer.state.log_history[-2]["ldadamw/error_norm"] > 0
     return list(unwrap(trainer.optimizer).param_groups[0]["betas"])
 
 
@@ -317,8 +317,8 @@ def test_metrics_reach_tensorboard(metrics_every: int, tmp_path: Path, monkeypat
     events = EventAccumulator(str(board)).Reload()
     names = {name for name in events.Tags()["scalars"] if "ldadam" in name}
     if metrics_every:
-        matrix = "train/ldadam/model.layers.0.mlp.up_proj.weight/error_norm"
-        assert {"train/ldadam/error_norm", matrix} < names
+        matrix = "train/ldadamw/model.layers.0.mlp.up_proj.weight/error_norm"
+        assert {"train/ldadamw/error_norm", matrix} < names
         assert len(events.Scalars(matrix)) == STEPS - 1  # none after the first step
     else:
-        assert names == {"train/ldadam/skipped_steps"}
+        assert names == {"train/ldadamw/skipped_steps"}

@@ -14,13 +14,13 @@ from ldadam_dist.optimizer import LDAdamW
 
 
 class LDAdamWMonitor(Callback):  # type: ignore[misc]
-    """Logs what `optimizer.metrics()` tells to all loggers of the Trainer, as "ldadam/error_norm" and so on.
+    """Logs what `optimizer.metrics()` tells to all loggers of the Trainer, as "ldadamw/error_norm" and so on.
 
     The module's optimizer is `LDAdamW(..., metrics_every=100)`: every 100 steps of the Trainer that step is logged,
     whatever `log_every_n_steps` is. Under DeepSpeed it also attaches LDAdamW to the engine, which training needs.
 
     Args:
-        matrices: log those of each matrix too, as "ldadam/model.layers.0.mlp.up_proj.weight/error_norm".
+        matrices: log those of each matrix too, as "ldadamw/model.layers.0.mlp.up_proj.weight/error_norm".
     """
 
     def __init__(self, matrices: bool = False) -> None:
@@ -58,10 +58,10 @@ class LDAdamWMonitor(Callback):  # type: ignore[misc]
             return
         self._logged_step = step
         metrics = optimizer.metrics()
-        values = {f"ldadam/{name}": value for name, value in metrics.total.items()}
+        values = {f"ldadamw/{name}": value for name, value in metrics.total.items()}
         if self._matrices:
             values |= {
-                f"ldadam/{matrix}/{name}": value
+                f"ldadamw/{matrix}/{name}": value
                 for matrix, measured in metrics.matrices.items()
                 for name, value in measured.items()
             }

@@ -81,14 +81,14 @@ class LDAdamWFactory:
 
 
 class LDAdamWCallback(transformers.TrainerCallback):  # type: ignore[misc]
-    """Logs what `optimizer.metrics()` tells, as "ldadam/error_norm" and so on; refuses another optimizer than LDAdamW.
+    """Logs what `optimizer.metrics()` tells, as "ldadamw/error_norm" and so on; refuses another optimizer than LDAdamW.
 
     The metrics join each log of the training loss, and so go wherever that goes: TensorBoard, wandb, the progress bar,
     `trainer.state.log_history`. They are those of the last measured step: give `metrics_every=args.logging_steps` to
     `optimizer_cls_and_kwargs`. Without it only skipped steps are logged.
 
     Args:
-        matrices: log those of each matrix too, as "ldadam/model.layers.0.mlp.up_proj.weight/error_norm".
+        matrices: log those of each matrix too, as "ldadamw/model.layers.0.mlp.up_proj.weight/error_norm".
     """
 
     def __init__(self, matrices: bool = False) -> None:
@@ -121,14 +121,14 @@ class LDAdamWCallback(transformers.TrainerCallback):  # type: ignore[misc]
         values = {}
         if any(group["metrics_every"] for group in self._optimizer.param_groups):
             metrics = self._optimizer.metrics()
-            values = {f"ldadam/{name}": value for name, value in metrics.total.items()}
+            values = {f"ldadamw/{name}": value for name, value in metrics.total.items()}
             if self._matrices:
                 values |= {
-                    f"ldadam/{matrix}/{name}": value
+                    f"ldadamw/{matrix}/{name}": value
                     for matrix, measured in metrics.matrices.items()
                     for name, value in measured.items()
                 }
-        values["ldadam/skipped_steps"] = float(self._optimizer.skipped_steps)
+        values["ldadamw/skipped_steps"] = float(self._optimizer.skipped_steps)
         logs.update(values)
         state.log_history[-1].update(values)
 

@@ -78,7 +78,7 @@ def test_pretrained_weights_learn_real_texts_and_go_on(tmp_path: Path, environme
         done = run([*command, "--max_steps", steps], environment)
         assert done.returncode == 0, done.stderr
     state = json.loads((tmp_path / "run" / "trainer_state.json").read_text())
-    logged = [entry["step"] for entry in state["log_history"] if "ldadam/error_norm" in entry]
+    logged = [entry["step"] for entry in state["log_history"] if "ldadamw/error_norm" in entry]
     assert logged == list(range(10, 101, 10))  # the second run went on from the 40th step
     accuracy = float(done.stdout.splitlines()[-1].partition("eval_accuracy=")[2].split()[0])
     assert accuracy > 0.75  # 0.51 are positive
@@ -104,7 +104,7 @@ def test_accelerate_starts_two_ranks(name: str, tiny: list[str], tmp_path: Path,
     assert done.returncode == 0, done.stdout + done.stderr
     assert "preflight: all is well" in done.stdout
     assert "eval_accuracy=" in done.stdout
-    assert "'ldadam/error_norm'" in done.stdout
+    assert "'ldadamw/error_norm'" in done.stdout
     assert any((tmp_path / "run").glob("checkpoint-*"))
 
 
