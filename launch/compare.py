@@ -15,7 +15,7 @@ from pathlib import Path
 # Run as a file, Python looks for modules in launch/ alone: name the repository as well.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from launch.runlog import Record, plot, read_log
+from ldadam_dist.curves import Record, draw, read_runs
 
 
 def table(runs: Mapping[str, list[Record]]) -> str:
@@ -43,15 +43,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     try:
-        runs = {(path if path.is_dir() else path.parent).name: read_log(path) for path in options.runs}
-    except OSError as error:
-        parser.error(f"no log of a run: {error}")
-    if len(runs) < len(options.runs):
-        parser.error(f"runs need folders of different names, found {', '.join(map(str, options.runs))}")
+        runs = read_runs(options.runs)
+    except ValueError as error:
+        parser.error(str(error))
     for name, records in runs.items():
         if not any(record["val_loss"] is not None for record in records):
             parser.error(f"{name} has no validation loss yet: let it reach its first validation")
-    plot(runs, options.output)
+    draw(runs, options.output)
     print(table(runs))
     print(f"\ncurves: {options.output}")
     return 0

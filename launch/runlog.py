@@ -1,4 +1,4 @@
-"""What a run tells: progress bar, JSONL, TensorBoard and the picture of its curves. Only the main rank writes."""
+"""What a run tells: progress bar, JSONL and TensorBoard. Only the main rank writes."""
 
 from __future__ import annotations
 
@@ -11,21 +11,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-LOG_FILE = "log.jsonl"
+from ldadam_dist.curves import LOG_FILE, Record, read_log
+
 PLOT_FILE = "curves.png"
-Record = dict[str, Any]
-
-
-def read_log(path: Path) -> list[Record]:
-    """Records of a run, oldest first; ``path`` is its log or its folder."""
-    file = path / LOG_FILE if path.is_dir() else path
-    records = []
-    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:  # a run that was killed leaves half a line, a power failure may leave worse
-            break
-    return records
 
 
 def replace_text(path: Path, text: str) -> None:
@@ -74,28 +62,3 @@ class RunLog:
         self._bar.close()
         self._board.close()
         self._file.close()
-
-
-def plot(runs: Mapping[str, list[Record]], path: Path) -> None:
-    """Loss (thin) and validation loss (dots) of every run by tokens seen, as a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    for index, (name, records) in enumerate(runs.items()):
-        color = f"C{index}"
-        axes.plot(*points(records, "loss"), color=color, alpha=0.35, linewidth=0.8)
-        tokens, losses = points(records, "val_loss")
-        last = f": {losses[-1]:.3f}" if losses else ""
-        axes.plot(tokens, losses, color=color, marker="o", markersize=3, label=name + last)
-    axes.set(xlabel="tokens", ylabel="loss")
-    axes.grid(alpha=0.3)
-    axes.legend(title="validation loss (thin: training)")
-    figure.savefig(path, dpi=120)
-
-
-def points(records: list[Record], name: str) -> tuple[list[int], list[float]]:
-    chosen = [record for record in records if record.get(name) is not None]
-    return [record["tokens"] for record in chosen], [record[name] for record in chosen]

@@ -23,11 +23,12 @@ from launch.engine import Engine, TorchEngine
 from launch.model import build_model
 from launch.optim import build_scheduler
 from launch.resume import CHECKPOINTS, CONFIG_FILE, find_run, read_trainer_state
-from launch.runlog import LOG_FILE, PLOT_FILE, RunLog, plot, read_log, replace_text
+from launch.runlog import PLOT_FILE, RunLog, replace_text
 from launch.sources import open_source
 from launch.stopping import StopRequest
 from launch.tokenizer import load_tokenizer
 from launch.zero import ZeroEngine, zero_settings
+from ldadam_dist.curves import LOG_FILE, draw, read_log
 
 
 @dataclass
@@ -242,7 +243,7 @@ class Trainer:
         """The picture of the curves, and where everything is."""
         records = read_log(self.folder)
         picture = self.folder / PLOT_FILE
-        plot({self.config.optimizer.optimizer: records}, picture)
+        draw({self.config.optimizer.optimizer: records}, picture)
         if not records:  # somebody has removed the log
             return
         last = records[-1]

@@ -11,7 +11,6 @@ what is read is mapped.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import functools
 import inspect
@@ -32,6 +31,7 @@ from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from ldadam_dist.packing import Packing, dtypes_of, planes_of, read_planes
+from ldadam_dist.parsing import OneLineParser
 from ldadam_dist.rules import low_rank_matrices, projected_side, state_shapes, stored_error_dtype, stored_state_dtype
 from ldadam_dist.universal import KEY
 from ldadam_dist.zero_files import FP32, MODEL_FILES, MOMENTS, RankFolder, UniversalFolder, ZeroFolder
@@ -322,12 +322,13 @@ def pack(
     return (pair[0].view(-1), pair[1].view(-1)), steps
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns its exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m ldadam_dist.convert",
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m ldadam_dist.convert") -> int:
+    """The command line; returns its exit code. `prog` is how its help calls it."""
+    parser = OneLineParser(
+        prog=prog,
         description="Convert a checkpoint of DeepSpeed's ZeRO to torch.distributed.checkpoint's, or one of those to a "
         "universal checkpoint of DeepSpeed. Which of both follows from SOURCE.",
+        epilog=f"example: {prog} runs/zero2/checkpoints/step_000500 runs/fsdp2_start",
     )
     parser.add_argument("source", metavar="SOURCE", type=Path, help="folder of a checkpoint")
     parser.add_argument("target", metavar="TARGET", type=Path, help="folder to write, which must not exist")

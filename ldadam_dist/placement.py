@@ -30,6 +30,7 @@ class Placed:
         owners: global ranks that compute the projectors of the matrices that this rank shares; empty where nobody
             shares them.
         state_bytes: of its states, on this rank; `step` is left out.
+        error_bytes: those of them that the error takes.
         total_bytes: of its states, over all ranks that share it.
         wire_bytes: that one step moves, per rank, by the count of `costs.wire_elements`; the pieces of cut rows, that
             are lent under DeepSpeed, come on top.
@@ -42,6 +43,7 @@ class Placed:
     communication: str
     owners: tuple[int, ...]
     state_bytes: int
+    error_bytes: int
     total_bytes: int
     wire_bytes: int
 
@@ -96,6 +98,7 @@ def _vector(entry: Entry) -> Placed:
     return Placed(
         *(entry.name, entry.shape, entry.adapter.describe(), "", "AdamW", ()),
         state_bytes=2 * local * item,
+        error_bytes=0,
         total_bytes=2 * whole * item * copies,
         wire_bytes=0,
     )
@@ -109,8 +112,9 @@ def _matrix(entry: Entry, units: Sequence[Unit]) -> Placed:
     local = {key: entry.adapter.local_shape(shapes[key], PARTS[key], entry.side) for key in (*factors, "error")}
     here = item * sum(math.prod(local[key]) for key in factors)
     total = item * sum(math.prod(shape) for shape in factors.values())
+    error = 0
     if group["error_feedback"]:
-        here += math.prod(local["error"][:-1]) * _row_bytes(entry, local["error"][-1])
+        error = math.prod(local["error"][:-1]) * _row_bytes(entry, local["error"][-1])
         total += math.prod(shapes["error"][:-1]) * sum(_row_bytes(entry, n) for n in _row_pieces(entry, layout))
     start, stop = entry.held
     owners = [entry.adapter.owner_rank(unit.owner, entry.side) for unit in units[: stop - start]]
@@ -122,7 +126,8 @@ def _matrix(entry: Entry, units: Sequence[Unit]) -> Placed:
         side="rows" if entry.side == "left" else "columns",
         communication="none" if layout.whole else units[0].communication,
         owners=() if layout.whole else tuple(rank for rank in owners if rank is not None),
-        state_bytes=here,
+        state_bytes=here + error,
+        error_bytes=error,
         total_bytes=total,
         wire_bytes=round(wire * (stop - start) * dtype.itemsize),
     )

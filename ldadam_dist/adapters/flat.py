@@ -32,6 +32,17 @@ class FlatRange:
     index: int
     offset: int
 
+    @classmethod
+    def in_partitions(cls, numel: int, offset: int, size: int, count: int, index: int) -> FlatRange:
+        """Of `numel` elements that begin at `offset` of a flat tensor, cut into `count` partitions of `size`."""
+        starts = [min(max(p * size - offset, 0), numel) for p in range(count)]
+        return cls((*starts, numel), index, max(0, offset - index * size))
+
+    @classmethod
+    def in_runs(cls, numel: int, length: int, count: int, index: int, offset: int) -> FlatRange:
+        """Of `numel` elements cut into `count` runs of `length`; this process has its own at `offset`."""
+        return cls((*(min(p * length, numel) for p in range(count)), numel), index, offset)
+
     @property
     def length(self) -> int:
         """Elements on this process."""

@@ -134,8 +134,7 @@ class ZeroLayout:
             begins = offsets[i] if offsets is not None else [0, *ends[:-1]]
             members = []
             for param, offset in zip(params, begins, strict=True):
-                cuts = [min(max(p * size - offset, 0), param.numel()) for p in range(count)]
-                elements = FlatRange((*cuts, param.numel()), me, max(0, offset - me * size))
+                elements = FlatRange.in_partitions(param.numel(), offset, size, count, me)
                 members.append(FlatParam(names[param], tuple(param.shape), elements))
                 layout._weights.append(_Weights(names[param], elements, tensor, param))
             layout.partitions.append(FlatPartition(tensor, i, tuple(members), group, device))
@@ -153,8 +152,7 @@ class ZeroLayout:
                 sub_group, offset, length = zero.grad_position[zero.get_param_id(param)]
                 if sub_group != i or length != param.partition_numel():
                     raise unknown_layout(f"parameter {names[param]} lies in sub-group {sub_group} and in {i}")
-                cuts = [min(p * length, param.ds_numel) for p in range(count)]
-                elements = FlatRange((*cuts, param.ds_numel), me, offset)
+                elements = FlatRange.in_runs(param.ds_numel, length, count, me, offset)
                 members.append(FlatParam(names[param], tuple(param.ds_shape), elements))
                 layout._weights.append(_Weights(names[param], elements, tensor, param))
             group_index = zero.sub_group_to_group_id[i]

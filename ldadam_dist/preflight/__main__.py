@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from ldadam_dist.network import choose_interface
+from ldadam_dist.parsing import OneLineParser
 from ldadam_dist.preflight import hosts
 from ldadam_dist.preflight.facts import Facts, Place, look, own_address
 from ldadam_dist.preflight.links import Timing, time_collectives, time_links
@@ -23,11 +24,15 @@ from ldadam_dist.preflight.verdict import Judge, Limits, collective_table
 GIB = 2**30
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m ldadam_dist.preflight",
+PROG = "python -m ldadam_dist.preflight"
+
+
+def parse(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
+    parser = OneLineParser(
+        prog=prog,
         description="Checks versions, devices, ports, clocks, the output folder, collectives and their bandwidth on "
         "all ranks. Start it as the run will be started: under torchrun, deepspeed or alone.",
+        epilog="example: torchrun --nproc-per-node 8 -m ldadam_dist.preflight --output-dir runs --min-bandwidth 10",
     )
     parser.add_argument("--output-dir", type=Path, default=Path("runs"), help="folder of the run (default: runs)")
     parser.add_argument(
@@ -57,8 +62,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    options = parse(arguments)
+def main(arguments: Sequence[str] | None = None, prog: str = PROG) -> int:
+    """The command line; returns its exit code. `prog` is how its help calls it."""
+    options = parse(arguments, prog)
     options.output_dir = options.output_dir.expanduser()
     try:
         place = Place.from_environment()

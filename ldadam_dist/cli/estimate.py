@@ -1,0 +1,279 @@
+"""What a run takes of each rank: memory of LDAdamW and of other optimizers, and bytes on the wire, from metadata alone.
+
+LDAdamW's numbers are those that the optimizer itself tells (`placement`) of the model as torch shards it; the other
+optimizers' follow from the elements on the rank.
+
+    AdamW        two moments in the weights' dtype, as torch.optim.AdamW has them
+    8-bit Adam   two moments of one byte, with a float32 scale for every 256 elements; embeddings, and tensors of less
+                 than 4096 elements, in float32, as bitsandbytes has them
+    Muon         one momentum in the weights' dtype for the matrices that could be projected, AdamW for the rest
+
+Under ZeRO weights are whole (stages 1 and 2) or partitioned (3), gradients whole (1) or partitioned; each rank has a
+partition of float32 master weights, and moments are float32 where weights are. Partitions have ZeRO's padding; AdamW
+has one flat tensor, 8-bit Adam and Muon one for each kind of parameter, and LDAdamW one for each of its groups.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from ldadam_dist.cli.layouts import Layout, spread, world_of
+from ldadam_dist.cli.zero import partition_elements, partitions_of, state_bytes
+from ldadam_dist.optimizer import LDAdamW
+from ldadam_dist.param_groups import build_param_groups
+from ldadam_dist.placement import Placement
+from ldadam_dist.rules import DEFAULT_RANK
+from ldadam_dist.selection import decide
+
+BLOCK_8BIT = 256
+SMALLEST_8BIT = 4096
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What LDAdamW is asked for.
+
+    Attributes:
+        rank: of the projection.
+        groups: arguments of `build_param_groups`, but for the rank.
+        options: arguments of `LDAdamW`.
+    """
+
+    rank: int = DEFAULT_RANK
+    groups: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank between backward and step; activations and buffers are not among them.
+
+    Attributes:
+        weights, masters: those to compute with, and ZeRO's float32 ones.
+        gradients: as they are kept until the step.
+        states: of the optimizer, without error.
+        error: LDAdamW's.
+    """
+
+    weights: int
+    masters: int
+    gradients: int
+    states: int
+    error: int = 0
+
+    @property
+    def total(self) -> int:
+        """All of these."""
+        return self.weights + self.masters + self.gradients + self.states + self.error
+
+    def as_dict(self) -> dict[str, int]:
+        """By name, with the total."""
+        return {**asdict(self), "total": self.total}
+
+
+class Run:
+    """A model on a layout, within `planning`.
+
+    Args:
+        name: what the model is.
+        model: on the meta device, sharded; under ZeRO whole, in float32.
+        layout: its layout.
+        dtype: of the weights to compute with.
+        grad_dtype: of gradients as they are kept.
+
+    Attributes:
+        elements: of the whole model that are trained, and `frozen` those that are not.
+    """
+
+    def __init__(
+        self, name: str, model: nn.Module, layout: Layout, dtype: torch.dtype, grad_dtype: torch.dtype
+    ) -> None:
+        self.name, self.model, self.layout, self.dtype, self.grad_dtype = name, model, layout, dtype, grad_dtype
+        params = list(model.parameters())
+        self.elements = sum(param.numel() for param in params if param.requires_grad)
+        self.frozen = sum(param.numel() for param in params if not param.requires_grad)
+        embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+        self._kinds: dict[str, list[int]] = {"matrices": [], "embeddings": [], "rest": []}
+        self._here = 0
+        stage, count = layout.zero, layout.shard
+        for decision in decide(model, rank=1):
+            param = decision.info.param
+            if not param.requires_grad:
+                self._here += -(-param.numel() // count) if stage == 3 else local_numel(param)
+                continue
+            kind = "embeddings" if id(param) in embeddings else "matrices" if decision.low_rank else "rest"
+            self._kinds[kind].append(local_numel(param))
+
+    def ldadamw(self, settings: Settings) -> tuple[Memory, Placement, int]:
+        """Of the fullest rank: memory, what the optimizer tells of itself, and which rank that is.
+
+        Raises:
+            ValueError: settings that the optimizer refuses.
+        """
+        optimizer, fullest = self._optimizer(settings), 0
+        if self.layout.zero:
+            partitions = partitions_of(optimizer, self.layout.zero, 0, self.layout.ranks)
+            fullest = int(state_bytes(optimizer, partitions).argmax())
+            optimizer.attach_partitions(partitions_of(optimizer, self.layout.zero, fullest, self.layout.ranks))
+        placed = optimizer.placement()
+        error = sum(row.error_bytes for row in placed)
+        states = sum(row.state_bytes for row in placed) - error
+        return self._memory(states, error, self._without_gradients(optimizer)), placed, fullest
+
+    def total(self, settings: Settings) -> int:
+        """Bytes of the fullest rank with LDAdamW; sooner than by `ldadamw`."""
+        if not self.layout.zero:
+            return self.ldadamw(settings)[0].total
+        optimizer = self._optimizer(settings)
+        partitions = partitions_of(optimizer, self.layout.zero, 0, self.layout.ranks)
+        return self._memory(int(state_bytes(optimizer, partitions).max())).total
+
+    def _optimizer(self, settings: Settings) -> LDAdamW:
+        groups = build_param_groups(self.model, rank=settings.rank, **settings.groups)
+        options = dict(settings.options)
+        if self.layout.sharding == "ddp":
+            options["process_group"] = dist.group.WORLD
+        return LDAdamW(groups, rank=settings.rank, **options)
+
+    def _without_gradients(self, optimizer: LDAdamW) -> int:
+        """Elements here whose gradients are accumulated into the error, and take no memory of their own."""
+        if not optimizer.error_in_grad:
+            return 0
+        matrices = {row.name for row in optimizer.placement() if row.side}
+        return sum(
+            local_numel(param)
+            for group in optimizer.param_groups
+            for name, param in zip(group["param_names"], group["params"], strict=True)
+            if name in matrices
+        )
+
+    def others(self) -> dict[str, Memory]:
+        """Memory of the optimizers that LDAdamW is compared with, on the fullest rank, by name."""
+        item = 4 if self.layout.zero else self.dtype.itemsize
+        everything = [numel for kind in self._kinds.values() for numel in kind]
+        eight_bit = 8 * self._padded("embeddings") + self._eight_bit("matrices") + self._eight_bit("rest")
+        muon = self._padded("matrices") + 2 * (self._padded("embeddings") + self._padded("rest"))
+        return {
+            "AdamW": self._memory(2 * item * self._held(everything)),
+            "8-bit Adam": self._memory(eight_bit),
+            "Muon": self._memory(item * muon),
+        }
+
+    def _held(self, numels: Sequence[int]) -> int:
+        """Elements on a rank of parameters of one group; `numels` has those that the model has here."""
+        if self.layout.zero:
+            return partition_elements(numels, self.layout.zero, self.layout.ranks)
+        return sum(numels)
+
+    def _padded(self, kind: str) -> int:
+        return self._held(self._kinds[kind])
+
+    def _eight_bit(self, kind: str) -> int:
+        held = [self._padded(kind)] if self.layout.zero else self._kinds[kind]
+        return sum(
+            2 * (numel + 4 * -(-numel // BLOCK_8BIT)) if numel >= SMALLEST_8BIT else 8 * numel for numel in held
+        )
+
+    def _memory(self, states: int, error: int = 0, without_gradients: int = 0) -> Memory:
+        numels = [numel for kind in self._kinds.values() for numel in kind]
+        whole, stage = sum(numels), self.layout.zero
+        part = self._held(numels)
+        weights = (part if stage == 3 else whole) + self._here
+        gradients = (part if stage > 1 else whole) - without_gradients
+        masters = 4 * part if stage and not (stage == 3 and self.dtype == torch.float32) else 0
+        return Memory(weights * self.dtype.itemsize, masters, gradients * self.grad_dtype.itemsize, states, error)
+
+    def engine_bytes(self) -> int:
+        """That moving weights and gradients takes of a rank and step, by the count of `Traffic`; padding is left out.
+
+        FSDP2, ZeRO-3   gathers weights for forward and for backward, and reduces and scatters gradients
+        HSDP            besides sums up the gradients of a shard over the replicas, which counts twice
+        DDP             sums up gradients
+        ZeRO-1, 2       reduces gradients to their ranks, and gathers the new weights
+        """
+        layout, whole = self.layout, self.elements // self.layout.tp
+        gathered, reduced = whole * self.dtype.itemsize, whole * self.grad_dtype.itemsize
+        if layout.ranks == layout.tp:
+            return 0
+        if layout.sharding == "ddp":
+            return 2 * reduced
+        if layout.zero in (1, 2):
+            return gathered + reduced
+        over_replicas = 2 * reduced // layout.shard if layout.replicate > 1 else 0
+        return 2 * gathered + reduced + over_replicas
+
+    def largest_rank(self, settings: Settings, limit: int) -> int:
+        """The largest rank of the projection for which everything fits; 0 if none does.
+
+        Args:
+            settings: all others.
+            limit: bytes.
+        """
+        decisions = decide(self.model, rank=1, **{k: v for k, v in settings.groups.items() if k != "proj_type"})
+        # From its smaller dimension on a matrix gets AdamW, and so the total is a rising function only in between.
+        edges = sorted({1, *(_smaller_dimension(d.info.shape, d.flatten) for d in decisions if d.low_rank)})
+
+        def fits(rank: int) -> bool:
+            return self.total(Settings(rank, settings.groups, settings.options)) <= limit
+
+        for first, end in reversed(list(zip(edges, edges[1:], strict=False))):
+            if fits(first):
+                return _last(fits, first, end)
+        return 0
+
+
+def _smaller_dimension(shape: Sequence[int], flatten: bool) -> int:
+    return min(shape[0], math.prod(shape[1:])) if flatten else min(shape[-2:])
+
+
+def _last(fits: Callable[[int], bool], first: int, end: int) -> int:
+    """The last number before `end` that fits, of which `first` does."""
+    while end - first > 1:
+        middle = (first + end) // 2
+        first, end = (middle, end) if fits(middle) else (first, middle)
+    return first
+
+
+@contextmanager
+def planning(
+    build: Callable[[torch.dtype], nn.Module],
+    layout: Layout,
+    dtype: torch.dtype,
+    grad_dtype: torch.dtype | None = None,
+) -> Iterator[Run]:
+    """A `Run` on the first rank of a layout; within it this process is of a fake process group.
+
+    Args:
+        build: makes the model on the meta device, in a dtype.
+        layout: how it is spread.
+        dtype: of its weights.
+        grad_dtype: of gradients as they are kept; by default that of the weights.
+    Raises:
+        ValueError: a model that cannot be spread so.
+    """
+    if layout.zero and dtype == torch.float64:
+        raise ValueError("weights in float64 under ZeRO, whose master weights are float32: expected a narrower dtype.")
+    with world_of(layout.ranks):
+        model = build(torch.float32 if layout.zero else dtype)
+        name = type(model).__name__  # fully_shard gives it another
+        spread(model, layout, getattr(model, "tp_plan", None))
+        yield Run(name, model, layout, dtype, grad_dtype or dtype)
+
+
+def local_numel(param: torch.Tensor) -> int:
+    """Elements of a parameter on this rank."""
+    return param.to_local().numel() if isinstance(param, DTensor) else param.numel()
+
+
+def wire_bytes(placed: Iterable[Any]) -> int:
+    """Bytes that a step of LDAdamW sends, per rank."""
+    return sum(row.wire_bytes for row in placed)
