@@ -1,0 +1,288 @@
+"""The image of docker/Dockerfile, built and run without a Docker engine: by buildah, on a Debian made by debootstrap.
+
+    sudo python tests/docker_image.py           # --keep keeps the folder with the image, and names it
+
+What is checked: nothing is installed but what constraints.txt pins, and no cache of pip or apt is left; nothing runs as
+root; the entry point's words; the health check; training on one node, and on the two of docker/compose.yaml, which are
+network namespaces here (namespaces.py). pip's settings on this machine are used for the build, TORCH_INDEX_URL too.
+
+Exit code 0: all as expected; 1: not; 77: not allowed or not installed here, and why. Nothing is left behind.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import yaml
+from namespaces import ADDRESSES, UnavailableError, network
+from packaging.requirements import Requirement
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+SKIPPED = 77
+LIMIT = 420
+"""Seconds for whatever must come to an end; the slowest is the build."""
+SUITE, PYTHON = "bookworm", "3.11"
+MIRROR = "http://deb.debian.org/debian"
+APP = "/opt/ldadam_dist"
+NODES = dict(zip(("node0", "node1"), ADDRESSES.values(), strict=True))
+STEPS = 4
+TINY = (
+    f"--data README.md --text_unit paragraph --validation_fraction 0.2 --vocab_size 300 --seq_len 32 --rank 4 "
+    f"--batch_size 4 --steps {STEPS} --warmup_steps 1 --eval_every 0"
+)
+
+
+def call(command: Sequence[object], limit: float = LIMIT) -> str:
+    """What the command prints to stdout.
+
+    Raises:
+        AssertionError: it failed; with the end of what it printed.
+    """
+    words = [str(word) for word in command]
+    done = subprocess.run(words, cwd=REPOSITORY, capture_output=True, text=True, timeout=limit, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, f"`{shlex.join(words)}`: exit code {done.returncode}\n{(done.stdout + done.stderr)[-6000:]}"
+    return done.stdout
+
+
+def pip_settings() -> dict[str, str]:
+    """pip's settings that say where packages are; those of the environment over those of files."""
+    lines = call([sys.executable, "-m", "pip", "config", "list"]).splitlines()
+    pairs = [line.split("=", 1) for line in lines if "=" in line]
+    levels = ["global", "user", "site", ":env:"]
+    pairs.sort(key=lambda pair: levels.index(pair[0].split(".")[0]) if pair[0].split(".")[0] in levels else 0)
+    found = {key.split(".")[-1]: str(ast.literal_eval(value)) for key, value in pairs}
+    wanted = ("index-url", "extra-index-url", "find-links", "trusted-host", "proxy", "cert")
+    return {name: found[name] for name in wanted if name in found}
+
+
+def expect_packages(torch_index: Sequence[str]) -> None:
+    """Is there an index of packages, and a torch without CUDA, which would be several GB?"""
+    with tempfile.TemporaryDirectory() as target:
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--dry-run", "--report", "-", "--no-deps", "hjson"]
+        command += ["torch", "--constraint", "constraints.txt", "--only-binary", ":all:", "--python-version", PYTHON]
+        command += ["--target", target, "--ignore-installed", *torch_index]
+        try:
+            report = json.loads(call(command, 120))
+        except (AssertionError, subprocess.TimeoutExpired) as error:
+            raise UnavailableError(f"pip finds no packages: {str(error).strip().splitlines()[-1]}") from None
+    (version,) = (one["metadata"]["version"] for one in report["install"] if one["metadata"]["name"] == "torch")
+    if "+cpu" not in version:
+        raise UnavailableError(f"pip would take torch {version} with CUDA, several GB: set TORCH_INDEX_URL (README.md)")
+
+
+def interpolate(text: str, values: dict[str, str]) -> str:
+    """${NAME:-default}, as Docker Compose has it."""
+    return re.sub(r"\$\{(\w+):-([^}]*)\}", lambda match: values.get(match[1]) or match[2], text)
+
+
+class Image:
+    """The built image and a container of it, in a folder of their own."""
+
+    def __init__(self, folder: Path) -> None:
+        if os.geteuid() != 0:
+            raise UnavailableError("needs root, for debootstrap and chroot: sudo")
+        for program in ("buildah", "debootstrap"):
+            if not shutil.which(program):
+                raise UnavailableError(f"{program} is not installed: apt-get install {program}")
+        self.folder = folder
+        storage = {"--root": folder / "store", "--runroot": folder / "run", "--storage-driver": "vfs"}
+        self.buildah = ["buildah", *(word for pair in storage.items() for word in pair)]
+        self.hosts = folder / "hosts"
+        self.hosts.write_text("127.0.0.1 localhost\n" + "".join(f"{ip} {name}\n" for name, ip in NODES.items()))
+
+    def make_base(self) -> None:
+        """A Debian without Python."""
+        root = self.folder / "debian"
+        try:
+            call(["debootstrap", "--variant=minbase", SUITE, root, MIRROR])
+        except (AssertionError, subprocess.TimeoutExpired) as error:
+            raise UnavailableError(f"no Debian from {MIRROR}: {str(error).strip().splitlines()[-1]}") from None
+        container = call([*self.buildah, "from", "scratch"]).strip()
+        call([*self.buildah, "copy", "--quiet", container, root, "/"])
+        call([*self.buildah, "commit", "--quiet", "--rm", container, "localhost/debian"])
+        shutil.rmtree(root)
+
+    def build(self, torch_index: str) -> None:
+        settings = pip_settings()
+        mounts = []
+        for name in ("find-links", "cert"):
+            places = settings.pop(name, "").split()
+            for index, place in enumerate(places):
+                path = urlparse(place).path
+                if Path(path).exists():
+                    places[index] = f"/run/pip/{name}-{index}"
+                    mounts += ["--volume", f"{path}:{places[index]}:ro"]
+            if places:
+                settings[name] = " ".join(places)
+        for name in ("index-url", "extra-index-url"):  # folders are not seen from in there
+            urls = [url for url in settings.pop(name, "").split() if urlparse(url).scheme != "file"]
+            if urls:
+                settings[name] = " ".join(urls)
+        secret = self.folder / "pip.conf"
+        secret.write_text("[global]\n" + "".join(f"{name} = {value}\n" for name, value in settings.items()))
+        arguments = ["--build-arg", "BASE_IMAGE=localhost/debian", "--build-arg", f"TORCH_INDEX_URL={torch_index}"]
+        command = [*self.buildah, "build", "--isolation", "chroot", "--format", "docker", "--layers=false", *arguments]
+        call([*command, *mounts, "--secret", f"id=pip.conf,src={secret}", "--file", "docker/Dockerfile", "--tag", "image", "."])
+        self.config: dict[str, Any] = json.loads(call([*self.buildah, "inspect", "--type", "image", "image"]))
+        self.config = self.config["Docker"]["config"]
+        self.container = call([*self.buildah, "from", "--pull-never", "image"]).strip()
+
+    def inside(self, *command: object, node: str = "node0", options: Sequence[str] = ()) -> list[str]:
+        """Run a command in the container, as its user; the entry point is left out, as `buildah run` does."""
+        run = [*self.buildah, "run", "--isolation", "chroot", "--hostname", node, "--env", "OMP_NUM_THREADS=1"]
+        run += ["--volume", f"{self.hosts}:/etc/hosts:ro", *options, self.container, "--"]
+        return [str(word) for word in (*run, *command)]
+
+    def run(self, *arguments: object, options: Sequence[str] = ()) -> str:
+        """docker run IMAGE ARGUMENTS"""
+        return call(self.inside(*self.config["Entrypoint"], *arguments, options=options))
+
+
+def check_contents(image: Image) -> None:
+    pinned = {}
+    for line in (REPOSITORY / "constraints.txt").read_text().splitlines():
+        if line and not line.startswith("#"):
+            requirement = Requirement(line)
+            marker = requirement.marker
+            python = {"python_version": PYTHON, "python_full_version": f"{PYTHON}.0"}
+            if marker is None or marker.evaluate(python):
+                pinned[requirement.name.replace("_", "-").lower()] = str(requirement.specifier).removeprefix("==")
+    frozen = image.run("pip", "freeze", "--exclude-editable").splitlines()
+    installed = dict(line.replace("_", "-").lower().split("==") for line in frozen)
+    wrong = {name: version for name, version in installed.items() if version.split("+")[0] != pinned.get(name)}
+    assert not wrong, f"not as in constraints.txt: {wrong}"
+    left = image.run("find", "/root", "/var/lib/apt/lists", "/home", "-type", "f", "-size", "+20k", options=["--user", "0"])
+    assert left == "", f"caches are left in the image:\n{left}"
+
+
+def check_entry_point(image: Image) -> None:
+    assert image.config["User"] == "1000:1000"
+    assert image.run("id", "--user").strip() == "1000"
+    assert image.run("sh", "-c", f"test -w {APP}/runs && ! test -w {APP}/launch && echo yes").strip() == "yes"
+    assert "launch/torchrun.sh" in image.run(*image.config["Cmd"])
+    assert "launch/accelerate.sh" in image.run("finetune", "--help")
+    trained = image.run("pretrain", "--dry-run", "--lr", "1e-3", "--output_dir", "a b").splitlines()[-1]
+    assert trained.endswith(f"{APP}/launch/pretrain.py --lr 1e-3 --output_dir a\\ b"), trained
+    unknown = image.run("sh", "-c", "touch ~/.cache/x && echo $USER", options=["--user", "4321:4321"])
+    refused = subprocess.run(image.inside(*image.config["Entrypoint"], "--steps", "3"), capture_output=True, text=True)
+    assert refused.returncode != 0
+    assert "expected pretrain, finetune or a command, found '--steps'" in refused.stderr
+    assert unknown.strip() == "4321"
+
+
+def check_health(image: Image) -> None:
+    how, *command = image.config["Healthcheck"]["Test"]
+    assert how == "CMD"
+    call(image.inside(*command))
+
+
+def losses(log: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in log.read_text().splitlines()]
+
+
+def check_training(image: Image, say: Callable[[str], None]) -> None:
+    """On one node with two processes, and on two nodes with one each: the same losses."""
+    volumes = []
+    for volume in ("runs", "cache"):
+        (image.folder / volume).mkdir()
+        os.chown(image.folder / volume, 1000, 1000)  # as Docker does with a named volume
+    mounted = {"runs": f"{APP}/runs", "cache": "/home/trainer/.cache"}
+    for volume, place in mounted.items():
+        volumes += ["--volume", f"{image.folder / volume}:{place}"]
+    config = ["--config", "configs/pretrain/default.yaml", *TINY.split()]
+    image.run("pretrain", "--nproc-per-node", 2, *config, "--output_dir", "runs/one-node", options=volumes)
+    expected = losses(image.folder / "runs" / "one-node" / "log.jsonl")
+    assert len(expected) == STEPS
+    say(f"one node trained, losses {expected}")
+
+    compose = yaml.safe_load(interpolate((REPOSITORY / "docker" / "compose.yaml").read_text(), {"ARGS": TINY}))
+    services = compose["services"]
+    assert list(services) == list(NODES)
+    with network(image.folder) as net:
+        running = {}
+        for host, (name, service) in zip(net.hosts, services.items(), strict=True):
+            assert service["volumes"] == [f"{volume}:{place}" for volume, place in mounted.items()]
+            words = [*image.config["Entrypoint"], *shlex.split(service["command"])]
+            command = host.command(*image.inside(*words, node=service["hostname"], options=volumes))
+            with (image.folder / f"{name}.log").open("wb") as log:
+                running[name] = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        try:
+            codes = {name: process.wait(LIMIT) for name, process in running.items()}
+        finally:
+            for process in running.values():
+                process.kill()
+    output = "\n".join((image.folder / f"{name}.log").read_text(errors="replace")[-3000:] for name in running)
+    assert not any(codes.values()), f"exit codes {codes}\n{output}"
+    assert "preflight: all is well" in output, output
+    found = losses(image.folder / "runs" / "two-nodes" / "log.jsonl")
+    assert found == expected, f"losses {found} on two nodes, {expected} on one"
+    say("two nodes met and trained, with the same losses")
+
+
+def check(folder: Path, say: Callable[[str], None]) -> None:
+    """Build the image and run it; writes into the folder.
+
+    Raises:
+        UnavailableError: this machine cannot do it.
+        AssertionError: something went otherwise than expected.
+    """
+    image = Image(folder)
+    torch_index = os.environ.get("TORCH_INDEX_URL", "")
+    expect_packages(["--extra-index-url", torch_index] if torch_index else [])
+    image.make_base()
+    say(f"Debian {SUITE} is there")
+    image.build(torch_index)
+    size = json.loads(call([*image.buildah, "images", "--json", "image"]))[0]["size"]
+    say(f"the image is built, {size}")
+    check_contents(image)
+    check_entry_point(image)
+    say("versions, user and entry point are as expected")
+    check_training(image, say)
+    check_health(image)
+    say("healthy")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--keep", action="store_true", help="keep the folder with the image and logs, and name it")
+    options = parser.parse_args(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # cleans up as Ctrl-C does
+    started = time.monotonic()
+
+    def say(message: str) -> None:
+        print(f"[{time.monotonic() - started:5.1f} s] {message}", flush=True)
+
+    folder = Path(tempfile.mkdtemp(prefix="docker-image-"))
+    try:
+        check(folder, say)
+        return 0
+    except UnavailableError as error:
+        say(f"skipped: {error}")
+        return SKIPPED
+    except AssertionError as error:
+        say(f"FAILED: {error}")
+        return 1
+    finally:
+        if options.keep:
+            say(f"kept {folder}")
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
