@@ -16,7 +16,7 @@ INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help venv install install-dev pretrain pretrain-deepspeed test test-slow test-gpu bench-cpu bench-gpu lint format types constraints clean
+.PHONY: help venv install install-dev pretrain pretrain-deepspeed test test-slow test-gpu bench-cpu bench-gpu lint format types docs constraints clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,7 +39,7 @@ venv: $(RUN)  ## create .venv, empty
 
 install: $(INSTALLED)  ## .venv with the package (editable), training and test dependencies
 
-install-dev: $(INSTALLED_DEV)  ## the same with ruff, mypy, shellcheck and pre-commit
+install-dev: $(INSTALLED_DEV)  ## the same with ruff, mypy, shellcheck, pre-commit and mkdocs
 
 # Two processes on one machine share its cores.
 THREADS := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(( $$(nproc) > $(NPROC) ? $$(nproc) / $(NPROC) : 1 ))}
@@ -106,6 +106,9 @@ format: $(INSTALLED_DEV)  ## let ruff fix and format
 types: $(INSTALLED_DEV)  ## mypy, strict on ldadam_dist
 	$(RUN) -m mypy
 
+docs: $(INSTALLED_DEV)  ## the documentation as a site, in site/; a link that leads nowhere is an error
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
+
 # torch keeps its version: change its line first. It pins its CUDA packages itself, other builds of it pin others, so
 # these are left out.
 constraints: $(INSTALLED_DEV)  ## resolve constraints.txt anew, for every Python from 3.10 on
@@ -118,5 +121,5 @@ constraints: $(INSTALLED_DEV)  ## resolve constraints.txt anew, for every Python
 	mv $(VENV)/constraints.txt constraints.txt
 
 clean:  ## remove .venv, caches and build outputs; runs are kept
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
