@@ -54,8 +54,10 @@ def call(command: Sequence[object], limit: float = LIMIT) -> str:
         AssertionError: it failed; with the end of what it printed.
     """
     words = [str(word) for word in command]
-    done = subprocess.run(words, cwd=REPOSITORY, capture_output=True, text=True, timeout=limit, stdin=subprocess.DEVNULL)
-    assert done.returncode == 0, f"`{shlex.join(words)}`: exit code {done.returncode}\n{(done.stdout + done.stderr)[-6000:]}"
+    quiet = dict(cwd=REPOSITORY, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    done = subprocess.run(words, timeout=limit, **quiet)
+    said = (done.stdout + done.stderr)[-6000:]
+    assert done.returncode == 0, f"`{shlex.join(words)}`: exit code {done.returncode}\n{said}"
     return done.stdout
 
 
@@ -73,8 +75,17 @@ def pip_settings() -> dict[str, str]:
 def expect_packages(torch_index: Sequence[str]) -> None:
     """Is there an index of packages, and a torch without CUDA, which would be several GB?"""
     with tempfile.TemporaryDirectory() as target:
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--dry-run", "--report", "-", "--no-deps", "hjson"]
-        command += ["torch", "--constraint", "constraints.txt", "--only-binary", ":all:", "--python-version", PYTHON]
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--dry-run", "--report", "-", "--no-deps"]
+        command += [
+            "hjson",
+            "torch",
+            "--constraint",
+            "constraints.txt",
+            "--only-binary",
+            ":all:",
+            "--python-version",
+            PYTHON,
+        ]
         command += ["--target", target, "--ignore-installed", *torch_index]
         try:
             report = json.loads(call(command, 120))
@@ -137,7 +148,8 @@ class Image:
         secret.write_text("[global]\n" + "".join(f"{name} = {value}\n" for name, value in settings.items()))
         arguments = ["--build-arg", "BASE_IMAGE=localhost/debian", "--build-arg", f"TORCH_INDEX_URL={torch_index}"]
         command = [*self.buildah, "build", "--isolation", "chroot", "--format", "docker", "--layers=false", *arguments]
-        call([*command, *mounts, "--secret", f"id=pip.conf,src={secret}", "--file", "docker/Dockerfile", "--tag", "image", "."])
+        command += [*mounts, "--secret", f"id=pip.conf,src={secret}", "--file", "docker/Dockerfile", "--tag", "image"]
+        call([*command, "."])
         self.config: dict[str, Any] = json.loads(call([*self.buildah, "inspect", "--type", "image", "image"]))
         self.config = self.config["Docker"]["config"]
         self.container = call([*self.buildah, "from", "--pull-never", "image"]).strip()
@@ -166,7 +178,8 @@ def check_contents(image: Image) -> None:
     installed = dict(line.replace("_", "-").lower().split("==") for line in frozen)
     wrong = {name: version for name, version in installed.items() if version.split("+")[0] != pinned.get(name)}
     assert not wrong, f"not as in constraints.txt: {wrong}"
-    left = image.run("find", "/root", "/var/lib/apt/lists", "/home", "-type", "f", "-size", "+20k", options=["--user", "0"])
+    found = ["find", "/root", "/var/lib/apt/lists", "/home", "-type", "f", "-size", "+20k"]
+    left = image.run(*found, options=["--user", "0"])
     assert left == "", f"caches are left in the image:\n{left}"
 
 

@@ -17,7 +17,9 @@ ALLOWED = {
     "rules": set(),
     "tables": set(),
     "network": set(),
-    "preflight": {"network", "tables"},
+    "parsing": set(),
+    "curves": set(),
+    "preflight": {"network", "parsing", "tables"},
     "separate": set(),
     "algebra": {"separate"},
     "layout": set(),
@@ -45,7 +47,7 @@ ALLOWED = {
         *("partitions", "packing", "state", "entries", "adapters", "layout", "arguments", "rules", "runtime")
     },
     "zero_files": {"universal"},
-    "convert": {"zero_files", "universal", "packing", "rules"},
+    "convert": {"parsing", "zero_files", "universal", "packing", "rules"},
     "adamw": {"entries", "rounding", "rules"},
     "gradients": {"entries", "runtime"},
     "error_buffers": {"entries"},
@@ -65,8 +67,13 @@ ALLOWED = {
         *("state_dicts", "inspection", "adamw", "lowrank", "plan", "runtime"),
     },
     "__init__": {"_version", "in_grad", "optimizer", "param_groups", "traffic"},
+    "cli": {
+        *("adapters", "convert", "curves", "network", "optimizer", "param_groups", "partitions", "placement", "plan"),
+        *("preflight", "quantized", "rules", "selection", "tables", "_version"),
+    },
+    "__main__": {"cli"},
 }
-COMMUNICATES = {"runtime", "adapters", "traffic", "preflight"}
+COMMUNICATES = {"runtime", "adapters", "traffic", "preflight", "cli"}  # cli in worlds of its own
 READS_CHECKPOINTS = {"convert"}  # with torch.distributed.checkpoint, in one process
 BACKENDS = {"deepspeed", "transformers", "accelerate", "peft", "lightning", "datasets"}
 

@@ -15,6 +15,7 @@ has one flat tensor, 8-bit Adam and Muon one for each kind of parameter, and LDA
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -179,9 +180,7 @@ class Run:
 
     def _eight_bit(self, kind: str) -> int:
         held = [self._padded(kind)] if self.layout.zero else self._kinds[kind]
-        return sum(
-            2 * (numel + 4 * -(-numel // BLOCK_8BIT)) if numel >= SMALLEST_8BIT else 8 * numel for numel in held
-        )
+        return sum(2 * (numel + 4 * -(-numel // BLOCK_8BIT)) if numel >= SMALLEST_8BIT else 8 * numel for numel in held)
 
     def _memory(self, states: int, error: int = 0, without_gradients: int = 0) -> Memory:
         numels = [numel for kind in self._kinds.values() for numel in kind]
@@ -225,7 +224,7 @@ class Run:
         def fits(rank: int) -> bool:
             return self.total(Settings(rank, settings.groups, settings.options)) <= limit
 
-        for first, end in reversed(list(zip(edges, edges[1:], strict=False))):
+        for first, end in reversed(list(itertools.pairwise(edges))):
             if fits(first):
                 return _last(fits, first, end)
         return 0

@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -143,7 +142,7 @@ def spread(model: nn.Module, layout: Layout, tp_plan: dict[str, str] | None = No
         sizes = {"shard": 1}
     # Own names for each, as DTensor remembers equal meshes, with the groups of a world that is gone.
     world = next(_world)
-    mesh = init_device_mesh("cpu", tuple(sizes.values()), mesh_dim_names=[f"{axis}_{world}" for axis in sizes])
+    mesh = init_device_mesh("cpu", tuple(sizes.values()), mesh_dim_names=tuple(f"{axis}_{world}" for axis in sizes))
     if layout.tp > 1:
         _cut_by_plan(model, tp_plan or {}, mesh[f"tp_{world}"] if mesh.ndim > 1 else mesh)
     data = tuple(f"{axis}_{world}" for axis in sizes if axis != "tp")

@@ -69,4 +69,4 @@ def build_model(path: Path, dtype: torch.dtype) -> nn.Module:
 
 
 def _line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return " ".join(str(error).split()) or type(error).__name__

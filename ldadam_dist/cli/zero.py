@@ -1,4 +1,4 @@
-"""Flat partitions as DeepSpeed's ZeRO makes them of a model's parameters, without DeepSpeed and without a second rank."""
+"""Flat partitions as DeepSpeed's ZeRO makes them of a model, without DeepSpeed and without a second rank."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def _matrix_bytes(starts: Tensor, shape: Sequence[int], group: dict[str, Any], d
         share = across * (starts.diff() > 0)
     projector, moments = (block, share) if left else (share, block)
     item = stored_state_dtype(dtype, group["state_dtype"], low_rank=True).itemsize
-    found = item * group["rank"] * (projector + 2 * moments)
+    found: Tensor = item * group["rank"] * (projector + 2 * moments)
     if group["error_feedback"]:
         found = found + block * row_bytes(
             columns, group["error_dtype"], stored_error_dtype(dtype, group["error_dtype"])
