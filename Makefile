@@ -39,7 +39,7 @@ venv: $(RUN)  ## create .venv, empty
 
 install: $(INSTALLED)  ## .venv with the package (editable), training and test dependencies
 
-install-dev: $(INSTALLED_DEV)  ## the same with ruff, mypy, shellcheck, pre-commit and mkdocs
+install-dev: $(INSTALLED_DEV)  ## the same with ruff, mypy, shellcheck, hadolint, pre-commit and mkdocs
 
 # Two processes on one machine share its cores.
 THREADS := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(( $$(nproc) > $(NPROC) ? $$(nproc) / $(NPROC) : 1 ))}
@@ -94,10 +94,11 @@ bench-gpu:  ## benchmarks for one GPU, in ten minutes, to runs/bench/gpu
 	$(PYTHON) benchmarks/where_time_goes.py --device $(DEVICE) --model llama-1b --layers 8 \
 	    --rank $(lastword $(RANKS)) --out $(BENCH_GPU) $(BENCH_ARGS)
 
-lint: $(INSTALLED_DEV)  ## ruff, and shellcheck for the launch scripts
+lint: $(INSTALLED_DEV)  ## ruff, shellcheck for the scripts, hadolint for docker/Dockerfile
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	$(VENV)/bin/shellcheck -x launch/*.sh launch/slurm.sbatch
+	$(VENV)/bin/shellcheck -x launch/*.sh launch/slurm.sbatch docker/entrypoint.sh
+	$(VENV)/bin/hadolint docker/Dockerfile
 
 format: $(INSTALLED_DEV)  ## let ruff fix and format
 	$(RUN) -m ruff check --fix .

@@ -28,8 +28,14 @@ MODELS = Path(__file__).parent.parent / "configs" / "models"
 
 # Heads share keys and values (32 rows), 200 inner features divide by 8 ranks and not by 64, the vocabulary by none.
 CONFIG = {
-    "model_type": "llama", "vocab_size": 333, "hidden_size": 96, "intermediate_size": 200, "num_hidden_layers": 2,
-    "num_attention_heads": 6, "num_key_value_heads": 2, "tie_word_embeddings": False,
+    "model_type": "llama",
+    "vocab_size": 333,
+    "hidden_size": 96,
+    "intermediate_size": 200,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": False,
 }
 STORED: list[dict[str, Any]] = [
     {},
@@ -200,8 +206,13 @@ def test_the_largest_rank_fits_and_the_next_does_not(text: str, config: Path) ->
 
 
 SEVENTY_B = {
-    "model_type": "llama", "vocab_size": 128256, "hidden_size": 8192, "intermediate_size": 28672,
-    "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8,
+    "model_type": "llama",
+    "vocab_size": 128256,
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
 }
 
 

@@ -1,0 +1,111 @@
+"""docker/: what can be checked without an engine, and the image itself where buildah and debootstrap are (slow)."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import docker_image
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent
+DOCKER = ROOT / "docker"
+COMPOSE = [DOCKER / "compose.yaml", DOCKER / "compose.gpu.yaml"]
+
+
+def entry_point(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = ["bash", str(DOCKER / "entrypoint.sh"), *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+
+
+def services(path: Path, **values: str) -> dict[str, dict[str, object]]:
+    found: dict[str, dict[str, object]] = yaml.safe_load(docker_image.interpolate(path.read_text(), values))["services"]
+    return found
+
+
+def test_hadolint_finds_nothing() -> None:
+    hadolint = shutil.which("hadolint", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    if hadolint is None:
+        pytest.skip("hadolint is not installed: make install-dev")
+    done = subprocess.run([hadolint, DOCKER / "Dockerfile"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_what_is_copied_is_there_and_reaches_the_builder() -> None:
+    allowed = [line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")]
+    assert (ROOT / ".dockerignore").read_text().splitlines()[1] == "*"  # all else stays out, .git and runs too
+    copied = re.findall(r"^COPY (.+)$", (DOCKER / "Dockerfile").read_text(), re.MULTILINE)
+    assert copied
+    for line in copied:
+        for source in shlex.split(line)[:-1]:
+            assert (ROOT / source).exists(), source
+            assert any(source == name or source.startswith(f"{name}/") for name in allowed), source
+
+
+@pytest.mark.parametrize("arguments", [[], ["--steps", "3"]], ids=str)
+def test_the_entry_point_wants_a_word(arguments: list[str]) -> None:
+    done = entry_point(*arguments)
+    assert done.returncode == 2
+    assert "expected pretrain, finetune or a command" in done.stderr
+
+
+def test_the_entry_point_passes_arguments_and_exit_codes_on() -> None:
+    done = entry_point("pretrain", "--dry-run", "--lr", "1e-3", "--output_dir", "a b")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].endswith(f"{ROOT}/launch/pretrain.py --lr 1e-3 --output_dir a\\ b")
+    assert entry_point("bash", "-c", "exit 7").returncode == 7
+    assert entry_point("pretrain", "--no-such-option=1", "--dry-run").stdout.endswith("--no-such-option=1\n")
+
+
+def test_two_nodes_are_told_the_same_and_meet_at_the_first() -> None:
+    nodes = services(COMPOSE[0], ARGS="--steps 3")
+    assert list(nodes) == ["node0", "node1"]
+    assert nodes["node0"] | {"hostname": ""} == nodes["node1"] | {"hostname": ""}
+    for name, node in nodes.items():
+        assert node["hostname"] == name
+    command = str(nodes["node0"]["command"])
+    assert "--rdzv-endpoint node0:29500" in command
+    assert command.endswith("--steps 3")
+    done = entry_point(*shlex.split(command.replace("pretrain ", "pretrain --dry-run ", 1)))
+    assert done.returncode == 0, done.stderr
+    assert "--nnodes 2" in done.stdout.replace("=", " ")
+
+
+def test_each_node_has_a_gpu_of_its_own() -> None:
+    devices = [
+        node["deploy"]["resources"]["reservations"]["devices"][0]["device_ids"]  # type: ignore[index]
+        for node in services(COMPOSE[1]).values()
+    ]
+    assert devices == [["0"], ["1"]]
+    assert services(COMPOSE[1]).keys() == services(COMPOSE[0]).keys()
+
+
+def test_arguments_of_the_dockerfile_are_those_of_compose() -> None:
+    declared = set(re.findall(r"^ARG (\w+)", (DOCKER / "Dockerfile").read_text(), re.MULTILINE))
+    for node in services(COMPOSE[0]).values():
+        assert set(node["build"]["args"]) <= declared  # type: ignore[index]
+
+
+def test_compose_takes_the_files() -> None:
+    """By Docker's own parser, where it is installed."""
+    plugin = shutil.which("docker")
+    if not plugin or subprocess.run([plugin, "compose", "version"], capture_output=True).returncode:
+        pytest.skip("docker compose is not installed")
+    files = [word for path in COMPOSE for word in ("--file", str(path))]
+    done = subprocess.run([plugin, "compose", *files, "config", "--quiet"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_the_image_is_built_and_trains() -> None:
+    script = Path(docker_image.__file__)
+    done = subprocess.run([sys.executable, script], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode == docker_image.SKIPPED:
+        pytest.skip(done.stdout.strip().splitlines()[-1].partition("skipped: ")[2])
+    assert done.returncode == 0, done.stdout + done.stderr
