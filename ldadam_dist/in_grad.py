@@ -190,8 +190,8 @@ class ErrorInGrad(Located):
 def clip_grad_norm_(optimizer: Optimizer, max_norm: float, norm_type: float = 2.0) -> Tensor:
     """`torch.nn.utils.clip_grad_norm_` of all parameters of an optimizer; call it between backward and step.
 
-    With gradient_sync="lowrank" the norm of the mean gradient is not known. All replicas clip alike by (mean ‖Gᵢ‖ᵖ)^(1/p)
-    of their own norms, which is at least that, and larger the more their gradients differ; collective then.
+    With gradient_sync="lowrank" the norm of the mean gradient is not known. All replicas are clipped alike by their own
+    norms, (mean ‖Gᵢ‖ᵖ)^(1/p), which is at least that, and larger the more their gradients differ; collective then.
 
     With error_in_grad gradients are clipped and not the errors: from the first call on they are accumulated apart, as
     without error_in_grad, and added to the errors at the step. So call it from the first step on.
@@ -216,10 +216,10 @@ def clip_grad_norm_(optimizer: Optimizer, max_norm: float, norm_type: float = 2.
             )
         optimizer.keep_gradients_apart()
     params = [param for group in optimizer.param_groups for param in group["params"]]
-    if not isinstance(optimizer, ErrorInGrad) or optimizer._replicas.averaged:
+    if not isinstance(optimizer, ErrorInGrad) or optimizer.replicas.averaged:
         return torch.nn.utils.clip_grad_norm_(params, max_norm, norm_type)
     norm = torch.nn.utils.get_total_norm([param.grad for param in params if param.grad is not None], norm_type)
-    norm = optimizer._replicas.mean_norm(getattr(norm, "full_tensor", lambda: norm)(), norm_type)
+    norm = optimizer.replicas.mean_norm(getattr(norm, "full_tensor", lambda: norm)(), norm_type)
     torch.nn.utils.clip_grads_with_norm_(params, max_norm, norm)
     return norm
 

@@ -1,4 +1,4 @@
-"""What an optimizer knows of its parameters: how they are stored, what an engine has put in their place, who steps what."""
+"""What an optimizer knows of its parameters: how they are stored, what an engine put in their place, who steps what."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ class Located(Optimizer):
     """The parameters of `LDAdamW` and where they are.
 
     Attributes:
-        _replicas: the processes that hold the same plain parameters, or the same shards.
+        replicas: the processes that hold the same plain parameters, or the same shards.
         _window: elements of matrices in flight together.
     """
 
     error_in_grad: bool
-    _replicas: Replicas
+    replicas: Replicas
     _window: int
 
     def _forget(self) -> None:
@@ -61,7 +61,7 @@ class Located(Optimizer):
         Raises:
             ValueError: parameters that do not fit into their flat tensors; replicas or error_in_grad.
         """
-        if self._replicas.group is not None or self.error_in_grad or self.defaults["capturable"]:
+        if self.replicas.group is not None or self.error_in_grad or self.defaults["capturable"]:
             raise ValueError(
                 "an engine cuts states: build LDAdamW without process_group=, replicate_mesh= and error_in_grad, not "
                 "capturable."
@@ -80,6 +80,14 @@ class Located(Optimizer):
         if self._find_partitions is not None:
             self._find_partitions()
             self._find_partitions = None
+
+    def matrices(self) -> set[int]:
+        """ids of the parameters that are projected."""
+        return {id(entry.param) for entry in self._entries() if entry.matrices is not None}
+
+    def vectors(self) -> list[Tensor]:
+        """The parameters that AdamW steps."""
+        return [entry.param for entry in self._entries() if entry.matrices is None]
 
     def _entries(self, whole_engine: bool = False) -> Iterator[Entry]:
         """Trainable parameters; `whole_engine`: also those whose flat tensors an engine is not stepping just now."""
@@ -126,7 +134,7 @@ class Located(Optimizer):
         where = (getattr(param, "device_mesh", None), getattr(param, "placements", None), param.device)
         key = (*where, param.ndim, flatten)
         if key not in self._adapters:
-            self._adapters[key] = adapter_for(param, self._replicas.group, self._replicas.averaged, name, flatten)
+            self._adapters[key] = adapter_for(param, self.replicas.group, self.replicas.averaged, name, flatten)
         return self._adapters[key]
 
     def _windows(self, entries: list[Entry]) -> list[list[list[Unit]]]:

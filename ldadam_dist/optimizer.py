@@ -114,9 +114,9 @@ class LDAdamW(Inspectable):
         if unknown:
             raise TypeError(f"LDAdamW got an unexpected keyword argument {next(iter(unknown))!r}")
         arguments.check_window(window_elements)
-        self._replicas, self._window = Replicas.chosen(gradient_sync, process_group, replicate_mesh), window_elements
-        refuse_replicas(error_in_grad, self._replicas)
-        self._check_every, self._steps = arguments.checked_interval(check_replicas_every, self._replicas.averaged), 0
+        self.replicas, self._window = Replicas.chosen(gradient_sync, process_group, replicate_mesh), window_elements
+        refuse_replicas(error_in_grad, self.replicas)
+        self._check_every, self._steps = arguments.checked_interval(check_replicas_every, self.replicas.averaged), 0
         self._forget()
         defaults = dict(
             lr=lr,
@@ -148,7 +148,7 @@ class LDAdamW(Inspectable):
         Raises:
             RuntimeError: there is a process group, which does not travel.
         """
-        if self._replicas.group is not None or self._partitions:
+        if self.replicas.group is not None or self._partitions:
             owner = "that DeepSpeed's engine steps" if self._partitions else "with process_group= or replicate_mesh="
             raise RuntimeError(
                 f"an LDAdamW {owner} cannot be copied or pickled, as a process group does not travel. "
@@ -161,7 +161,7 @@ class LDAdamW(Inspectable):
         super().__setstate__(state)
         self.__dict__.setdefault("_window", WINDOW_ELEMENTS)
         if not hasattr(self, "_adapters"):
-            self._replicas, self._check_every, self._steps = Replicas(), 0, 0
+            self.replicas, self._check_every, self._steps = Replicas(), 0, 0
             self._forget()
         for group in self.param_groups:
             for name, value in self.defaults.items():
@@ -186,7 +186,7 @@ class LDAdamW(Inspectable):
             named = list(zip(names_of(group, len(self.param_groups) - 1), group["params"], strict=True))
             arguments.check_params(named, group, required)
             for name, param in named:
-                self._replicas.check(name, group)
+                self.replicas.check(name, group)
                 entry = self._entry(name, param, group)
                 entry.adapter.check(param, name)
                 self._check_fits(entry)
@@ -248,7 +248,7 @@ class LDAdamW(Inspectable):
             return
 
         vectors = [entry for entry in entries if entry.matrices is None]
-        with self._replicas.averaging(vectors):
+        with self.replicas.averaging(vectors):
             for together in self._stepped_together(entries):
                 matrices = [entry for entry in together if entry.matrices is not None]
                 self._keep_measures(matrices, step_matrices(matrices, self._windows(matrices)))
@@ -266,7 +266,7 @@ class LDAdamW(Inspectable):
         self.attach_found()
 
         def decode(_: Optimizer, made: dict[str, Any]) -> dict[str, Any]:
-            return with_floating_errors(made, self._entries_by_param, self._partitions, not self._replicas.averaged)
+            return with_floating_errors(made, self._entries_by_param, self._partitions, not self.replicas.averaged)
 
         hook = self.register_state_dict_post_hook(decode, prepend=True)  # before those that see what is saved
         try:
@@ -317,8 +317,8 @@ class LDAdamW(Inspectable):
             found, mine = (tuple(some[name].shape) if name in some else "nothing" for some in (errors, expected))
             if found != mine:
                 raise ValueError(
-                    f"the saved errors of replicas have {found} for parameter {name}: expected {mine}. Those of another "
-                    f"number of replicas cannot be loaded: load_state_dict alone goes on from their mean."
+                    f"the saved errors of replicas have {found} for parameter {name}: expected {mine}. Those of "
+                    f"another number of replicas cannot be loaded: load_state_dict alone goes on from their mean."
                 )
         for entry in self._own_errors():
             local = entry.adapter.local(errors[entry.name])[0]

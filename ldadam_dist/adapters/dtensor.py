@@ -160,7 +160,7 @@ class MeshAdapter:
         return state if device.type == mesh.device_type else cast(DTensor, state.to(device))  # offloaded
 
     def as_own(self, local: Tensor, shape: Sequence[int], side: str) -> DTensor:
-        """The errors of all replicas of `sync`, (replicas, ...) in global `shape`, of which this process has `local`."""
+        """The errors of all replicas of `sync`, (replicas, *shape), of which this process has `local`."""
         cuts = [self._sync, *self._cuts("own error", side)[-len(shape) :]]
         mesh, whole = self._permuted(sum(cuts, ())), torch.Size((self.mesh.size(self._sync[0]), *shape))
         placements = [Shard(dim) for dim, dims in enumerate(cuts) for _ in dims]
@@ -344,7 +344,7 @@ def _with_replicas(mesh: DeviceMesh, group: Any, name: str) -> DeviceMesh:
             f"replicate_mesh=mesh['replicate']."
         )
     groups = [*(mesh.get_group(d) for d in range(mesh.ndim)), group]
-    names = (*(mesh.mesh_dim_names or (f"dim_{d}" for d in range(mesh.ndim))), "own_gradients")
+    names = (*(mesh.mesh_dim_names or (f"dim_{d}" for d in range(mesh.ndim))), "replicate")
     return DeviceMesh.from_group(groups, mesh.device_type, mesh=whole, mesh_dim_names=names)
 
 
