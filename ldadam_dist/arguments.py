@@ -62,6 +62,17 @@ def check_window(window_elements: object) -> None:
         )
 
 
+def checked_interval(check_replicas_every: object, averaged: bool) -> int:
+    """The interval, or ValueError if it is not a number of steps, or there are no replicas to look at."""
+    every = check_replicas_every
+    if isinstance(every, bool) or not isinstance(every, Integral) or every < 0 or (every and averaged):
+        raise ValueError(
+            f"check_replicas_every={every!r}: expected a number of steps, 0 for never, and gradient_sync='lowrank', "
+            f"where replicas could come apart."
+        )
+    return int(every)
+
+
 def check_group(group: Mapping[str, Any]) -> None:
     """Raise ValueError for a hyperparameter of a complete parameter group that is out of its range."""
     refuse_foreign(list(group))

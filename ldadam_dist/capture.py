@@ -20,7 +20,6 @@ from ldadam_dist.entries import NONZERO, Entry
 from ldadam_dist.gradients import largest_gradient
 from ldadam_dist.in_grad import ErrorInGrad
 from ldadam_dist.lowrank import step_matrices
-from ldadam_dist.plan import Unit
 
 
 class Capturable(ErrorInGrad):
@@ -32,7 +31,6 @@ class Capturable(ErrorInGrad):
     """
 
     _step: Callable[[list[Entry]], None]
-    _windows: Callable[[list[Entry]], list[list[list[Unit]]]]
 
     def __init__(self, params: Any, defaults: dict[str, Any], error_in_grad: bool) -> None:
         if defaults["capturable"] and error_in_grad:

@@ -23,6 +23,7 @@ def wire_elements(
                   projected dimension cut  r·(2m/P + 6n)   rows of Y and U' to the owner and back; M, UᵀA and g, UtB,
                                            + 2·r²          the lost part and D; R
                   replicas                 r·n more        the update's factor D
+                  own gradients            5·r·n more      UᵀA and g, UtB, M and D (n/P where both are cut)
         gather    3·m·n/P and the states twice, for each cut dimension; under replicas the dense update
 
     where m and n are the parts that the other dimension's cut leaves.
@@ -51,6 +52,8 @@ def wire_elements(
         elements += gathers * n_local * r + 2 * m * r / shared + 2 * r * r
     if proj_method != "power_iteration":
         elements += hops * m * n / shared
+    if layout.sync.count > 1:
+        elements += 5 * r * layout.over_m.pieces(n_local).longest
     return elements + replicated * r * weight_columns
 
 
@@ -69,7 +72,7 @@ def choose_communication(
     """
     if asked in ("lowrank", "gather"):
         return "lowrank" if asked == "lowrank" or layout.whole else "gather"
-    if layout.whole or layout.m * layout.n > window:
+    if layout.whole or layout.sync.count > 1 or layout.m * layout.n > window:
         return "lowrank"
     options: tuple[Communication, ...] = ("lowrank", "gather")
     return min(options, key=lambda option: wire_elements(layout, option, proj_method, error_feedback))

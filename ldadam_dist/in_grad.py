@@ -17,6 +17,8 @@ from torch.optim import Optimizer
 
 from ldadam_dist.entries import UNUSABLE, Entry
 from ldadam_dist.error_buffers import Buffer, Buffers
+from ldadam_dist.located import Located
+from ldadam_dist.replicas import Replicas
 from ldadam_dist.rules import QUANTIZED, global_shape, low_rank_matrices, stored_error_dtype
 
 _WHAT_TO_DO = (
@@ -29,16 +31,13 @@ _WHAT_TO_DO = (
 _WITHOUT = "Build LDAdamW without error_in_grad, or set enable_lowrank=False for its group."
 
 
-class ErrorInGrad(Optimizer):
+class ErrorInGrad(Located):
     """What `LDAdamW` does with error_in_grad=True; without it nothing but an optimizer.
 
     Args:
         params, defaults: as `torch.optim.Optimizer`.
         error_in_grad: whether errors lie in the gradients.
     """
-
-    _partitions: Any
-    """What an engine has put in the place of the parameters."""
 
     def __init__(self, params: Any, defaults: dict[str, Any], error_in_grad: bool) -> None:
         self.error_in_grad, self._apart = error_in_grad, False
@@ -191,6 +190,9 @@ class ErrorInGrad(Optimizer):
 def clip_grad_norm_(optimizer: Optimizer, max_norm: float, norm_type: float = 2.0) -> Tensor:
     """`torch.nn.utils.clip_grad_norm_` of all parameters of an optimizer; call it between backward and step.
 
+    With gradient_sync="lowrank" the norm of the mean gradient is not known. All replicas are clipped alike by their own
+    norms, (mean ‖Gᵢ‖ᵖ)^(1/p), which is at least that, and larger the more their gradients differ; collective then.
+
     With error_in_grad gradients are clipped and not the errors: from the first call on they are accumulated apart, as
     without error_in_grad, and added to the errors at the step. So call it from the first step on.
 
@@ -214,17 +216,22 @@ def clip_grad_norm_(optimizer: Optimizer, max_norm: float, norm_type: float = 2.
             )
         optimizer.keep_gradients_apart()
     params = [param for group in optimizer.param_groups for param in group["params"]]
-    return torch.nn.utils.clip_grad_norm_(params, max_norm, norm_type)
+    if not isinstance(optimizer, ErrorInGrad) or optimizer.replicas.averaged:
+        return torch.nn.utils.clip_grad_norm_(params, max_norm, norm_type)
+    norm = torch.nn.utils.get_total_norm([param.grad for param in params if param.grad is not None], norm_type)
+    norm = optimizer.replicas.mean_norm(getattr(norm, "full_tensor", lambda: norm)(), norm_type)
+    torch.nn.utils.clip_grads_with_norm_(params, max_norm, norm)
+    return norm
 
 
-def refuse_replicas(error_in_grad: object, process_group: Any) -> None:
-    """Raise ValueError for error_in_grad with process_group=, or if it is neither True nor False."""
+def refuse_replicas(error_in_grad: object, replicas: Replicas) -> None:
+    """Raise ValueError for error_in_grad with replicas, or if it is neither True nor False."""
     if not isinstance(error_in_grad, bool):
         raise ValueError(f"error_in_grad={error_in_grad!r}: expected True or False.")
-    if error_in_grad and process_group is not None:
+    if error_in_grad and replicas.group is not None:
         raise ValueError(
-            "error_in_grad=True with process_group=: each replica would have a slice of the error and all of the "
-            "gradient. Leave one of the two out."
+            "error_in_grad=True with process_group= or replicate_mesh=: gradients of replicas do not lie where their "
+            "errors do, or may be averaged with them. Leave one of the two out."
         )
 
 

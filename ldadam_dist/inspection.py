@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,10 +46,6 @@ class Metrics:
 
 class Inspectable(Capturable):
     """What `LDAdamW` tells of itself."""
-
-    attach_found: Callable[[], None]
-    _entries: Callable[..., Iterator[Entry]]
-    _stepped_together: Callable[[list[Entry]], list[list[Entry]]]
 
     def placement(self) -> Placement:
         """Where every parameter's states are, who owns its matrices, how it is stepped and what that moves.

@@ -178,8 +178,11 @@ class MatrixLayout:
         m, n: global extent of the projected and of the kept dimension.
         rank: number of directions r that the projector keeps, at most min(m, n).
         over_m, over_n: the groups that cut the projected and the kept dimension.
-        replicas: the innermost cuts of `over_n` are by processes that hold the same weights: each of them steps its
-            own slice of the kept dimension, and the update's low-rank factor is gathered over this group.
+        replicas: cuts of `over_n` by processes that hold the same weights and gradients: each of them steps its own
+            slice of the kept dimension, and the update's low-rank factor is gathered over this group.
+        sync: the innermost cuts of `over_n` are by processes that hold the same weights and gradients of their own:
+            each contracts all of its block, and the mean of the contractions is that of the mean gradient. They cut
+            the states but the error.
         m_edges, n_edges: where the blocks of the processes begin in either dimension, and its end, if it is not cut
             into chunks. What is split over a group besides always is.
         m_pieces, n_pieces: the blocks' bounds in either dimension, by group rank.
@@ -193,6 +196,7 @@ class MatrixLayout:
     over_m: Axis = WHOLE
     over_n: Axis = WHOLE
     replicas: Axis = WHOLE
+    sync: Axis = WHOLE
     m_edges: tuple[int, ...] | None = None
     n_edges: tuple[int, ...] | None = None
     m_pieces: Pieces = field(init=False, compare=False, repr=False)
@@ -203,17 +207,24 @@ class MatrixLayout:
 
     def __post_init__(self) -> None:
         m_pieces = self.over_m.pieces(self.m) if self.m_edges is None else cut_at(self.m_edges)
-        n_pieces = self.over_n.pieces(self.n) if self.n_edges is None else cut_at(self.n_edges)
+        n_pieces = self._without(len(self.sync.cuts)) if self.n_edges is None else cut_at(self.n_edges)
         object.__setattr__(self, "m_pieces", m_pieces)
         object.__setattr__(self, "n_pieces", n_pieces)
         object.__setattr__(self, "m_range", self.m_pieces.bounds[self.over_m.index])
         object.__setattr__(self, "n_range", self.n_pieces.bounds[self.over_n.index])
-        weight_range = self.n_range
-        if self.replicas.count > 1:
-            shards = cut(self.n, self.over_n.cuts[: len(self.over_n.cuts) - len(self.replicas.cuts)])
-            position = self.over_n.index if self.over_n.order is None else self.over_n.order[self.over_n.index]
-            weight_range = shards.bounds[position // self.replicas.count]
-        object.__setattr__(self, "weight_range", weight_range)
+        weights = self._without(len(self.replicas.cuts + self.sync.cuts)) if self.replicas.count > 1 else n_pieces
+        object.__setattr__(self, "weight_range", weights.bounds[self.over_n.index])
+
+    def _without(self, inner: int) -> Pieces:
+        """What each process of `over_n` has of the kept dimension, were it not cut by so many of the innermost cuts."""
+        axis = self.over_n
+        if not inner:
+            return axis.pieces(self.n)
+        outer = cut(self.n, axis.cuts[:-inner])
+        alike = math.prod(axis.cuts[-inner:])
+        order = range(axis.count) if axis.order is None else axis.order
+        bounds = tuple(outer.bounds[position // alike] for position in order)
+        return Pieces(bounds, outer.longest, regular=False)
 
     @property
     def processes(self) -> int:
@@ -265,7 +276,16 @@ class MatrixLayout:
     @property
     def stored_columns(self) -> Bounds:
         """Bounds, within the block's columns, of the moments' columns stored here."""
-        return self.over_m.bounds(self.n_local)
+        start, stop = self.over_m.bounds(self.n_local)
+        first, last = self.sync.bounds(stop - start)
+        return start + first, start + last
+
+    @property
+    def summed_columns(self) -> int:
+        """Columns of the block in the slice that a sum over the projected dimension leaves here: those that are stored
+        on processes of `sync`."""
+        start, stop = self.over_m.bounds(self.n_local)
+        return stop - start
 
     @property
     def slice_in_weight(self) -> Bounds:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,18 +11,17 @@ from torch.optim import Optimizer
 
 from ldadam_dist import arguments
 from ldadam_dist.adamw import step_vectors
-from ldadam_dist.adapters import Adapter, adapter_for
 from ldadam_dist.consistency import check_ranks_agree
 from ldadam_dist.entries import UNUSABLE, Entry, first_matrix, names_of
 from ldadam_dist.gradients import inspect_gradients, warn_skipped
 from ldadam_dist.in_grad import refuse_replicas
 from ldadam_dist.inspection import Inspectable
-from ldadam_dist.lowrank import plan_windows, step_matrices
-from ldadam_dist.partitions import FlatPartition, Partitions
-from ldadam_dist.plan import WINDOW_ELEMENTS, Unit
-from ldadam_dist.rules import DEFAULT_RANK, dtype_name, global_shape, low_rank_matrices
+from ldadam_dist.lowrank import step_matrices
+from ldadam_dist.plan import WINDOW_ELEMENTS
+from ldadam_dist.replicas import Replicas, check_equal
+from ldadam_dist.rules import DEFAULT_RANK, dtype_name
 from ldadam_dist.runtime import during, start_anew
-from ldadam_dist.state import init_state
+from ldadam_dist.state import init_state, own_error, stored_error
 from ldadam_dist.state_dicts import Loading, with_floating_errors
 
 
@@ -102,6 +100,9 @@ class LDAdamW(Inspectable):
         state_dtype: str | torch.dtype | None = None,
         stochastic_rounding: bool = False,
         process_group: Any | None = None,
+        gradient_sync: str = "full",
+        replicate_mesh: Any | None = None,
+        check_replicas_every: int = 0,
         communication: str = "auto",
         window_elements: int = WINDOW_ELEMENTS,
         error_in_grad: bool = False,
@@ -113,8 +114,9 @@ class LDAdamW(Inspectable):
         if unknown:
             raise TypeError(f"LDAdamW got an unexpected keyword argument {next(iter(unknown))!r}")
         arguments.check_window(window_elements)
-        refuse_replicas(error_in_grad, process_group)
-        self._process_group, self._window = process_group, window_elements
+        self.replicas, self._window = Replicas.chosen(gradient_sync, process_group, replicate_mesh), window_elements
+        refuse_replicas(error_in_grad, self.replicas)
+        self._check_every, self._steps = arguments.checked_interval(check_replicas_every, self.replicas.averaged), 0
         self._forget()
         defaults = dict(
             lr=lr,
@@ -146,8 +148,8 @@ class LDAdamW(Inspectable):
         Raises:
             RuntimeError: there is a process group, which does not travel.
         """
-        if self._process_group is not None or self._partitions:
-            owner = "that DeepSpeed's engine steps" if self._partitions else "with process_group="
+        if self.replicas.group is not None or self._partitions:
+            owner = "that DeepSpeed's engine steps" if self._partitions else "with process_group= or replicate_mesh="
             raise RuntimeError(
                 f"an LDAdamW {owner} cannot be copied or pickled, as a process group does not travel. "
                 "Use state_dict() and build the other optimizer with its own group."
@@ -159,27 +161,12 @@ class LDAdamW(Inspectable):
         super().__setstate__(state)
         self.__dict__.setdefault("_window", WINDOW_ELEMENTS)
         if not hasattr(self, "_adapters"):
-            self._process_group = None
+            self.replicas, self._check_every, self._steps = Replicas(), 0, 0
             self._forget()
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
             self._note(group)
-
-    def _forget(self) -> None:
-        """Start without what is found out about the parameters as they are stepped."""
-        self._adapters: dict[Any, Adapter] = {}
-        self._plans: dict[tuple[int, ...], tuple[Any, list[list[list[Unit]]]]] = {}
-        self._agreed: set[tuple[int, ...]] = set()
-        self._given: set[int] = set()
-        self._shapes: dict[int, list[tuple[int, ...]]] = {}
-        self._partitions = Partitions()
-        self._find_partitions: Callable[[], Any] | None = None
-
-    def _note(self, group: dict[str, Any]) -> None:
-        """Remember what a group holds, to know later whether an engine has put a flat tensor there."""
-        self._given.update(map(id, group["params"]))
-        self._shapes[id(group)] = [global_shape(param) for param in group["params"]]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as `torch.optim.Optimizer.add_param_group`.
@@ -199,6 +186,7 @@ class LDAdamW(Inspectable):
             named = list(zip(names_of(group, len(self.param_groups) - 1), group["params"], strict=True))
             arguments.check_params(named, group, required)
             for name, param in named:
+                self.replicas.check(name, group)
                 entry = self._entry(name, param, group)
                 entry.adapter.check(param, name)
                 self._check_fits(entry)
@@ -259,51 +247,26 @@ class LDAdamW(Inspectable):
                 warn_skipped(bad, self._forget_unusable(entries), self.skipped_steps)
             return
 
-        step_vectors(entry for entry in entries if entry.matrices is None)
-        for together in self._stepped_together(entries):
-            matrices = [entry for entry in together if entry.matrices is not None]
-            self._keep_measures(matrices, step_matrices(matrices, self._windows(matrices)))
-
-    def attach_partitions(
-        self, partitions: Sequence[FlatPartition], overflowed: Callable[[], bool] = lambda: False
-    ) -> Partitions:
-        """Say what is in the flat tensors that an engine has put in the place of the parameters.
-
-        `ldadam_dist.integrations.deepspeed` does so for DeepSpeed; collective over their process groups.
-
-        Args:
-            partitions: in the order in which the engine steps them, the same on all processes.
-            overflowed: see `Partitions`.
-        Returns:
-            what was made of them.
-        Raises:
-            ValueError: parameters that do not fit into their flat tensors; process_group= or error_in_grad.
-        """
-        if self._process_group is not None or self.error_in_grad or self.defaults["capturable"]:
-            raise ValueError(
-                "an engine cuts states: build LDAdamW without process_group= and error_in_grad, not capturable."
-            )
-        found = Partitions(partitions, self.param_groups, overflowed)
-        self._forget()
-        self._partitions = found
-        return found
-
-    def attach_when_needed(self, attach: Callable[[], Any]) -> None:
-        """Have `attach`, which calls `attach_partitions`, called as soon as the parameters must be known."""
-        self._find_partitions = attach
-
-    def attach_found(self) -> None:
-        """Call what `attach_when_needed` was given, if that has not happened yet."""
-        if self._find_partitions is not None:
-            self._find_partitions()
-            self._find_partitions = None
+        vectors = [entry for entry in entries if entry.matrices is None]
+        with self.replicas.averaging(vectors):
+            for together in self._stepped_together(entries):
+                matrices = [entry for entry in together if entry.matrices is not None]
+                self._keep_measures(matrices, step_matrices(matrices, self._windows(matrices)))
+        step_vectors(vectors)
+        self._steps += 1
+        if self._check_every and self._steps % self._check_every == 0:
+            check_equal(entries)
 
     def state_dict(self) -> dict[str, Any]:
-        """The state as `torch.optim.Optimizer.state_dict`; an error in 8 or 4 bits appears in bfloat16, exactly."""
+        """The state as `torch.optim.Optimizer.state_dict`; an error in 8 or 4 bits appears in bfloat16, exactly.
+
+        With gradient_sync="lowrank" the error is the mean of the replicas', which is all that decides on the next
+        steps; collective then. `own_errors` has them as they are, for a resume to the last bit.
+        """
         self.attach_found()
 
         def decode(_: Optimizer, made: dict[str, Any]) -> dict[str, Any]:
-            return with_floating_errors(made, self._entries_by_param, self._partitions)
+            return with_floating_errors(made, self._entries_by_param, self._partitions, not self.replicas.averaged)
 
         hook = self.register_state_dict_post_hook(decode, prepend=True)  # before those that see what is saved
         try:
@@ -334,61 +297,33 @@ class LDAdamW(Inspectable):
             for hook in hooks:
                 hook.remove()
 
-    def _entries(self, whole_engine: bool = False) -> Iterator[Entry]:
-        """Trainable parameters; `whole_engine`: also those whose flat tensors an engine is not stepping just now."""
-        if whole_engine and self._partitions:
-            for param, group in self._partitions.with_groups(self.param_groups):
-                yield from self._partitions.entries(param, group, self.state.get(param, {}))
-            return
-        for param, entries in self._entries_by_param():
-            if param.requires_grad:
-                yield from entries
+    def own_errors(self) -> dict[str, Tensor]:
+        """The errors of all replicas, with gradient_sync="lowrank": to be saved beside `state_dict`.
 
-    def _entries_by_param(self) -> Iterator[tuple[Tensor, list[Entry]]]:
-        for i, group in enumerate(self.param_groups):
-            for name, param in zip(names_of(group, i), group["params"], strict=True):
-                state = self.state.get(param, {})
-                if param in self._partitions:
-                    yield param, list(self._partitions.entries(param, group, state))
-                    continue
-                if id(param) not in self._given:  # accelerate puts others of these shapes there, an engine a flat one
-                    same_shapes = self._shapes.get(id(group)) == [global_shape(p) for p in group["params"]]
-                    arguments.check_not_flattened(param, same_shapes)
-                    self._note(group)
-                yield param, [self._entry(name, param, group, state)]
+        Returns:
+            by name of the parameter, a DTensor (replicas, ...) of which each replica has its own; empty before the
+            first step.
+        """
+        return {entry.name: own_error(entry) for entry in self._own_errors()}
 
-    def _entry(self, name: str, param: Tensor, group: dict[str, Any], state: dict[str, Any] | None = None) -> Entry:
-        shape, adapter = global_shape(param), self._adapter(param, name, group["flatten"])
-        return Entry(name, param, group, adapter, low_rank_matrices(shape, group), shape, state or {})
+    def load_own_errors(self, errors: Mapping[str, Tensor]) -> None:
+        """Load what `own_errors` gave on as many replicas, after `load_state_dict`; on another number leave this out.
 
-    def _state_of(self, entry: Entry) -> dict[str, Any]:
-        """Where the state of a parameter is kept; that of a flat tensor has one dict for each name."""
-        if not entry.present:
-            return {}
-        state: dict[str, Any] = self.state[entry.param]
-        flat = entry.param in self._partitions
-        return state.setdefault(entry.name, {}) if flat else state
+        Raises:
+            ValueError: other parameters, or another number of replicas; nothing has been loaded then.
+        """
+        expected = self.own_errors()
+        for name in expected.keys() | errors.keys():
+            found, mine = (tuple(some[name].shape) if name in some else "nothing" for some in (errors, expected))
+            if found != mine:
+                raise ValueError(
+                    f"the saved errors of replicas have {found} for parameter {name}: expected {mine}. Those of "
+                    f"another number of replicas cannot be loaded: load_state_dict alone goes on from their mean."
+                )
+        for entry in self._own_errors():
+            local = entry.adapter.local(errors[entry.name])[0]
+            self.state[entry.param].update(stored_error(entry, local.to(entry.adapter.local(entry.param).device)))
 
-    def _stepped_together(self, entries: list[Entry]) -> list[list[Entry]]:
-        """The parameters in the parts that are planned by themselves: an engine steps flat tensors one by one."""
-        if not self._partitions:
-            return [entries]
-        return [list(part) for _, part in itertools.groupby(entries, key=lambda entry: id(entry.param))]
-
-    def _adapter(self, param: Tensor, name: str, flatten: bool) -> Adapter:
-        where = (getattr(param, "device_mesh", None), getattr(param, "placements", None), param.device)
-        key = (*where, param.ndim, flatten)
-        if key not in self._adapters:
-            self._adapters[key] = adapter_for(param, self._process_group, name, flatten)
-        return self._adapters[key]
-
-    def _windows(self, entries: list[Entry]) -> list[list[list[Unit]]]:
-        """The plan of the matrices; made anew when they or their settings change."""
-        keys = ("rank", "proj_type", "proj_method", "error_feedback", "communication")
-        made_of = tuple((e.adapter, e.matrices, *(e.group[key] for key in keys)) for e in entries)
-        tensors = tuple(dict.fromkeys(id(entry.param) for entry in entries))
-        if tensors not in self._plans or self._plans[tensors][0] != made_of:
-            # Parts that are planned by themselves begin with another owner each, or the first would have most matrices.
-            turn = self._partitions.number(entries[0].param) if entries else 0
-            self._plans[tensors] = made_of, plan_windows(entries, self._window, turn)
-        return self._plans[tensors][1]
+    def _own_errors(self) -> list[Entry]:
+        """The parameters of which each replica has an error of its own."""
+        return [e for e in self._entries() if e.matrices and e.adapter.sync is not None and "error" in e.state]

@@ -13,7 +13,7 @@ from ldadam_dist.layout import MatrixLayout
 from ldadam_dist.plan import Unit
 from ldadam_dist.quantized import row_bytes
 from ldadam_dist.rules import compute_dtype, state_shapes, stored_error_dtype, stored_state_dtype
-from ldadam_dist.state import PARTS
+from ldadam_dist.state import PARTS, local_error_shape
 from ldadam_dist.tables import format_bytes, table
 
 
@@ -94,13 +94,13 @@ def _vector(entry: Entry) -> Placed:
     local = entry.adapter.local(entry.param).numel()  # none if it is not here
     item = stored_state_dtype(entry.param.dtype, entry.group["state_dtype"], low_rank=False).itemsize
     whole = math.prod(entry.shape)
-    copies = entry.adapter.copies
+    copies, sync = entry.adapter.copies, entry.adapter.sync
     return Placed(
         *(entry.name, entry.shape, entry.adapter.describe(), "", "AdamW", ()),
         state_bytes=2 * local * item,
         error_bytes=0,
-        total_bytes=2 * whole * item * copies,
-        wire_bytes=0,
+        total_bytes=2 * whole * item * copies * (sync.count if sync else 1),
+        wire_bytes=2 * local * entry.param.dtype.itemsize if sync else 0,  # of the mean gradient
     )
 
 
@@ -109,13 +109,15 @@ def _matrix(entry: Entry, units: Sequence[Unit]) -> Placed:
     shapes = state_shapes(entry.shape, group)
     item = stored_state_dtype(entry.param.dtype, group["state_dtype"], low_rank=True).itemsize
     factors = {key: shapes[key] for key in ("projector", "exp_avg", "exp_avg_sq")}
-    local = {key: entry.adapter.local_shape(shapes[key], PARTS[key], entry.side) for key in (*factors, "error")}
+    local = {key: entry.adapter.local_shape(shapes[key], PARTS[key], entry.side) for key in factors}
     here = item * sum(math.prod(local[key]) for key in factors)
     total = item * sum(math.prod(shape) for shape in factors.values())
     error = 0
     if group["error_feedback"]:
-        error = math.prod(local["error"][:-1]) * _row_bytes(entry, local["error"][-1])
-        total += math.prod(shapes["error"][:-1]) * sum(_row_bytes(entry, n) for n in _row_pieces(entry, layout))
+        shape = local_error_shape(entry)
+        error = math.prod(shape[:-1]) * _row_bytes(entry, shape[-1])
+        rows = math.prod(shapes["error"][:-1]) * (layout.sync.count if entry.side == "right" else 1)
+        total += rows * sum(_row_bytes(entry, n) for n in _row_pieces(entry, layout))
     start, stop = entry.held
     owners = [entry.adapter.owner_rank(unit.owner, entry.side) for unit in units[: stop - start]]
     wire = wire_elements(layout, units[0].communication, group["proj_method"], group["error_feedback"])

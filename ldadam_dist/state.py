@@ -15,7 +15,8 @@ from ldadam_dist.entries import Entry
 from ldadam_dist.fragments import CutMatrix
 from ldadam_dist.layout import MatrixLayout
 from ldadam_dist.quantized import FORMATS, Quantized
-from ldadam_dist.rules import state_shapes, stored_error_dtype, stored_state_dtype
+from ldadam_dist.rules import compute_dtype, state_shapes, stored_error_dtype, stored_state_dtype
+from ldadam_dist.runtime import joined, mean_slice
 
 PARTS = {"projector": "projector", "exp_avg": "moments", "exp_avg_sq": "moments", "error": "error"}
 """How each state of a matrix is cut; see the adapters' `new_state`."""
@@ -67,36 +68,89 @@ def init_state(entry: Entry) -> None:
             state["error"], state[SCALE] = _new_codes(entry)
         else:
             error_dtype = stored_error_dtype(param.dtype, group["error_dtype"])
-            state["error"] = adapter.new_state(param, shapes["error"], "error", entry.side, error_dtype)
+            if adapter.sync is not None:
+                local = adapter.local_shape(shapes["error"], _error_part(entry), entry.side)
+                state["error"] = torch.zeros(local, dtype=error_dtype, device=adapter.local(param).device)
+            else:
+                state["error"] = adapter.new_state(param, shapes["error"], "error", entry.side, error_dtype)
 
 
 def decoded(entry: Entry, state: Mapping[str, Any]) -> dict[str, Any]:
-    """A state as a state dict has it: with an error of floating numbers, laid out like one that is stored so."""
-    if SCALE not in state:
+    """A state as a state dict has it: with an error of floating numbers, laid out like one that is stored so.
+
+    Collective, if replicas have errors of their own: it is their mean, which is all that decides on the next steps.
+    """
+    axis = entry.adapter.sync
+    if SCALE not in state and (axis is None or entry.matrices is None or "error" not in state):
         return dict(state)
+    local = floating_error(entry, state)
+    if axis is not None:
+        kept_last = local.mT if entry.side == "right" else local
+        columns = kept_last.reshape(1, -1, kept_last.shape[-1]).to(compute_dtype(entry.param.dtype))
+        mean = mean_slice(columns, axis).to(local.dtype).view(*kept_last.shape[:-1], -1)
+        local = (mean.mT if entry.side == "right" else mean).contiguous()
     shape = state_shapes(entry.shape, entry.group)["error"]
-    local_shape = entry.adapter.local_shape(shape, "error", entry.side)
-    stored = Quantized(state["error"].flatten(0, -2), state[SCALE].flatten(0, -2), local_shape[-1])
-    dtype = stored_error_dtype(entry.param.dtype, stored.format.name)
-    local = stored.to(device=state["error"].device, dtype=dtype).view(local_shape)
     error = entry.adapter.as_state(local, entry.param, shape, "error", entry.side)
     return {key: error if key == "error" else value for key, value in state.items() if key != SCALE}
 
 
+def floating_error(entry: Entry, state: Mapping[str, Any]) -> Tensor:
+    """This process's part of an error, as floating numbers."""
+    if SCALE not in state:
+        return entry.adapter.local(state["error"])
+    shape = local_error_shape(entry)
+    codes = Quantized(state["error"].flatten(0, -2), state[SCALE].flatten(0, -2), shape[-1])
+    dtype = stored_error_dtype(entry.param.dtype, codes.format.name)
+    return codes.to(device=state["error"].device, dtype=dtype).view(shape)
+
+
+def own_error(entry: Entry) -> Tensor:
+    """The errors of all replicas that have their own, as a DTensor (replicas, ...) of floating numbers."""
+    assert isinstance(entry.adapter, MeshAdapter)
+    shape = state_shapes(entry.shape, entry.group)["error"]
+    return entry.adapter.as_own(floating_error(entry, entry.state).contiguous(), shape, entry.side)
+
+
 def stored(entry: Entry, state: Mapping[str, Any]) -> dict[str, Any]:
-    """The tensors of a state dict in the form in which this parameter's group keeps them, without `step`."""
+    """The tensors of a state dict in the form in which this parameter's group keeps them, without `step`.
+
+    Collective, if replicas have errors of their own: each starts with the mean.
+    """
     kept = {key: v.to(device=entry.param.device) for key, v in state.items() if isinstance(v, Tensor) and key != "step"}
     for key in kept.keys() & {"exp_avg", "exp_avg_sq", "projector"}:
         kept[key] = kept[key].to(_state_dtype(entry))
     if "error" in kept:
-        local = entry.adapter.local(kept["error"])
-        if entry.group["error_dtype"] in FORMATS:
-            kept["error"], kept[SCALE] = _new_codes(entry)
-            codes = Quantized(kept["error"].flatten(0, -2), kept[SCALE].flatten(0, -2), local.shape[-1])
-            codes.load(local.reshape(-1, local.shape[-1]))
-        else:
-            kept["error"] = kept["error"].to(stored_error_dtype(entry.param.dtype, entry.group["error_dtype"]))
+        axis = entry.adapter.sync
+        if axis is not None:
+            local = entry.adapter.local(kept["error"])
+            kept_last = local.mT if entry.side == "right" else local
+            shape, length = local_error_shape(entry), entry.layout().n_local
+            whole = joined(kept_last.reshape(1, -1, kept_last.shape[-1]).contiguous(), axis, length)
+            whole = whole.view(*kept_last.shape[:-1], length)
+            kept["error"] = (whole.mT if entry.side == "right" else whole).reshape(shape)
+        kept.update(stored_error(entry, kept["error"]))
     return kept
+
+
+def stored_error(entry: Entry, error: Tensor) -> dict[str, Tensor]:
+    """An error of floating numbers in the form in which this parameter's group keeps it."""
+    if entry.group["error_dtype"] not in FORMATS:
+        return {"error": error.to(stored_error_dtype(entry.param.dtype, entry.group["error_dtype"]))}
+    local, (codes, scales) = entry.adapter.local(error), _new_codes(entry)
+    made = Quantized(codes.flatten(0, -2), scales.flatten(0, -2), local.shape[-1])
+    made.load(local.reshape(-1, local.shape[-1]))
+    return {"error": codes, SCALE: scales}
+
+
+def _error_part(entry: Entry) -> str:
+    """How the error is cut, as the adapters call it."""
+    return "error" if entry.adapter.sync is None else "own error"
+
+
+def local_error_shape(entry: Entry) -> tuple[int, ...]:
+    """Shape of what this process holds of the error."""
+    shape = state_shapes(entry.shape, entry.group)["error"]
+    return entry.adapter.local_shape(shape, _error_part(entry), entry.side)
 
 
 def _state_dtype(entry: Entry) -> torch.dtype:
@@ -107,8 +161,7 @@ def _state_dtype(entry: Entry) -> torch.dtype:
 def _new_codes(entry: Entry) -> tuple[Tensor, Tensor]:
     """Codes and scales of an error of zeros, of this process's part."""
     form = FORMATS[entry.group["error_dtype"]]
-    shape = state_shapes(entry.shape, entry.group)["error"]
-    codes, scales = form.shapes(entry.adapter.local_shape(shape, "error", entry.side))
+    codes, scales = form.shapes(local_error_shape(entry))
     device = entry.adapter.local(entry.param).device
     return torch.zeros(codes, dtype=form.dtype, device=device), torch.zeros(scales, dtype=torch.uint8, device=device)
 
@@ -129,7 +182,7 @@ def matrices_here(entry: Entry, layout: MatrixLayout) -> list[Matrix]:
     factors = [each(local(entry.state[key])) for key in ("projector", "exp_avg", "exp_avg_sq")]
     errors: Sequence[Tensor | Quantized | None] = [None] * len(factors[0])
     if entry.group["error_feedback"] and SCALE in entry.state:
-        length = entry.adapter.local_shape(state_shapes(entry.shape, entry.group)["error"], "error", entry.side)[-1]
+        length = local_error_shape(entry)[-1]
         pairs = zip(each(entry.state["error"]), each(entry.state[SCALE]), strict=True)
         errors = [Quantized(codes, scales, length, transposed=entry.side == "right") for codes, scales in pairs]
     elif entry.group["error_feedback"]:

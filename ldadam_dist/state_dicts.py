@@ -22,7 +22,7 @@ none."""
 
 
 def with_floating_errors(
-    state_dict: dict[str, Any], entries: Callable[[], Entries], flat: Partitions
+    state_dict: dict[str, Any], entries: Callable[[], Entries], flat: Partitions, own_errors: bool
 ) -> dict[str, Any]:
     """A state dict whose errors are all floating numbers; the states themselves stay as they are.
 
@@ -30,8 +30,9 @@ def with_floating_errors(
         state_dict: as `torch.optim.Optimizer.state_dict` makes it.
         entries: gives all parameters, which are asked for only if an error must be decoded.
         flat: flat tensors, the state of which has one dict for each name.
+        own_errors: whether replicas have errors of their own, of which a state dict has the mean; then collective.
     """
-    if not any(_is_decoded(state) for state in state_dict["state"].values()):
+    if not own_errors and not any(_is_decoded(state) for state in state_dict["state"].values()):
         return state_dict
     made = dict(state_dict["state"])
     for param, of_param, _, number in _numbered(entries(), state_dict):

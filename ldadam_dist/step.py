@@ -4,6 +4,9 @@ It is written as a generator over the local block of a batch of equal matrices. 
 exchanged with the other shards; `runtime` answers. With an unsharded layout every answer is the tensor itself. So
 `step_on_owner`, for layouts where that moves less, is the same step on whole matrices.
 
+A is only ever contracted. So replicas whose gradients are their own (`layout.sync`) contract an A of their own, and the
+mean of what comes out is that of the mean A: they take the same step, and the mean of their errors is its error.
+
 Legend (b matrices; a block is m_local × n_local of an oriented m×n matrix):
 
     A  accumulated gradient G + E     U  projector, orthonormal columns     g  low-rank gradient U'ᵀA
@@ -67,6 +70,7 @@ class Block:
     Attributes:
         accumulated: (b, m_local, n_local), A = G + E; overwritten by the new error if there is error feedback, else
             only read. `Separate` only from the second power iteration on, and where matrices are not brought together.
+            Replicas of `layout.sync` have their own.
         weight: (b, m_local, n_local), under replicas all columns that they hold; updated in place, as it is stored.
         projector: (b, stored rows, r).
         exp_avg, exp_avg_sq: (b, r, stored columns).
@@ -100,23 +104,25 @@ def ldadam_step(block: Block, layout: MatrixLayout, hyper: Hyper, t: int | Tenso
     A, M, V, moves = block.accumulated, block.exp_avg, block.exp_avg_sq, block.moves
     (beta1, beta2), k = hyper.betas, hyper.betas[0] / (1 - hyper.betas[0])
 
-    told = [squares(A)] if hyper.measured else None
+    told = [squares(A) / layout.sync.count] if hyper.measured else None
     R = None
 
     if isinstance(t, int) and t == 1:
         assert isinstance(A, Tensor)
         U_new = yield from first_projector(A, layout, hyper)
-        g = yield ScatterSum(layout.over_m, U_new.mT @ A)
-        told = told and [*told, squares(g)]
+        own = yield ScatterSum(layout.over_m, U_new.mT @ A)
+        told = told and [*told, squares(own) / layout.sync.count]
+        g = yield from mean(own, layout)
         M, V = (1 - beta1) * g, (1 - beta2) * g.square()
         momentum = []
     else:
         b1, b2 = bias_corrections(hyper.betas, t - 1, A.dtype)
         U = yield Gather(layout.over_n, block.projector, -2, layout.m_local)
-        M_whole = yield Gather(layout.over_m, M, -1, layout.n_local)
+        M_summed, M_whole = yield from whole(M, layout)
         U_new = yield from next_projector(A, U, M, M_whole, b1, layout, hyper)
-        g = yield ScatterSum(layout.over_m, U_new.mT @ A)
-        told = told and [*told, squares(g)]
+        own = yield ScatterSum(layout.over_m, U_new.mT @ A)
+        told = told and [*told, squares(own) / layout.sync.count]
+        g = yield from mean(own, layout)
         R = yield Sum(layout.over_m, U_new.mT @ U)
         M_rotated = R @ M
         V = rotate_second_moment(V, M, R, M_rotated, bias1=b1, bias2=b2, decay=beta2)
@@ -124,21 +130,41 @@ def ldadam_step(block: Block, layout: MatrixLayout, hyper: Hyper, t: int | Tenso
         M = g.lerp_(M_rotated, beta1)  # β1 R M + (1 − β1) g
         momentum = [(U, M_whole, moves * k)]
 
-    if hyper.error_feedback:  # E = A + k U M − U'(g + k R M), and g + k R M = M'/(1 − β1)
-        M_whole = yield Gather(layout.over_m, M, -1, layout.n_local)
-        add_products_(A, [*momentum, (U_new, M_whole, -moves / (1 - beta1))])
+    if hyper.error_feedback:  # E = A + k U M − U'(g + k R M), with this replica's own g
+        if layout.sync.count == 1:
+            lost, factor = M, moves / (1 - beta1)  # g + k R M = M'/(1 − β1)
+        else:
+            lost, factor = own if R is None else own.add_(R @ M_summed, alpha=k), moves
+        lost = yield Gather(layout.over_m, lost, -1, layout.n_local)
+        add_products_(A, [*momentum, (U_new, lost, -factor)])
 
     # W = (1 − lr·wd) W − lr·s U' D, with s D Adam's direction
     b1, b2 = bias_corrections(hyper.betas, t, A.dtype)
     D, s = adam_direction(M, V, bias1=b1, bias2=b2, eps=hyper.eps)
     if told:
-        told = [*told, squares(A) * hyper.error_feedback, squares(D) * (hyper.lr * s) ** 2]
+        error = squares(A) * hyper.error_feedback / layout.sync.count
+        told = [*told, error, squares(D) * (hyper.lr * s) ** 2]
         block.measures = yield from measure(torch.stack(told, dim=-1), U_new, R, layout)
-    D = yield Gather(layout.over_m, D, -1, layout.n_local)
+    _, D = yield from whole(D, layout)
     D = yield Gather(layout.replicas, D, -1, layout.weight_columns)
     block.weight.add_product_(U_new, D, keep=hyper.kept(moves), factor=-moves * hyper.lr * s)
 
     return U_new[:, slice(*layout.stored_rows)], M, V
+
+
+def mean(own: Tensor, layout: MatrixLayout) -> Exchange:
+    """This process's slice, (b, r, stored columns), of the mean over the replicas of `sync` of their contractions."""
+    if layout.sync.count == 1:
+        return own
+    return (yield ScatterSum(layout.sync, averaged(own, layout)))
+
+
+def whole(stored: Tensor, layout: MatrixLayout) -> Exchange:
+    """What is stored in slices: gathered over `sync`, (b, r, summed columns), and of all the block's columns."""
+    summed_columns = stored
+    if layout.sync.count > 1:
+        summed_columns = yield Gather(layout.sync, stored, -1, layout.summed_columns)
+    return summed_columns, (yield Gather(layout.over_m, summed_columns, -1, layout.n_local))
 
 
 def step_on_owner(block: Block, layout: MatrixLayout, hyper: Hyper, t: int) -> Exchange:
@@ -180,15 +206,21 @@ def next_projector(
         # Orthonormal basis of Y = B Bᵀ U with B = A + c U M, c = ρ/((1−ρ) b1), as a factor 1−ρ changes no basis:
         # Y = A UtBᵀ + U (c M UtBᵀ), with UtB = UᵀB; B is never materialised.
         c = rho / (1 - rho) / b1
-        UtA = yield ScatterSum(layout.over_m, U.mT @ A)
-        UtB = yield Gather(layout.over_m, add_scaled_(UtA, M, c), -1, layout.n_local)
+        own = yield ScatterSum(layout.over_m, U.mT @ A)
+        UtA = yield from mean(own, layout)
+        _, UtB = yield from whole(add_scaled_(UtA, M, c), layout)
         Y = (A @ UtB.mT).baddbmm_(U, c * (M_whole @ UtB.mT))
-        return (yield OnOwner(Y, orthonormalize, layout.rank))
+        return (yield OnOwner(averaged(Y, layout), orthonormalize, layout.rank))
     assert isinstance(A, Tensor)
     B = torch.baddbmm(A, U, (rho / b1) * M_whole, beta=1 - rho)
     if hyper.proj_method == "svd":
         return (yield from exact_directions(B, layout))
     return (yield from randomized_directions(B, layout, oversample=2, iterations=1))
+
+
+def averaged(summand: Tensor, layout: MatrixLayout) -> Tensor:
+    """A summand of the kept dimension as a summand of the mean, where sums of it run over replicas too."""
+    return summand / layout.sync.count if layout.sync.count > 1 else summand
 
 
 def first_projector(A: Tensor, layout: MatrixLayout, hyper: Hyper) -> Exchange:
@@ -200,9 +232,14 @@ def first_projector(A: Tensor, layout: MatrixLayout, hyper: Hyper) -> Exchange:
 
 def exact_directions(A: Tensor, layout: MatrixLayout) -> Exchange:
     """Leading left singular vectors of A, whole on its owner: m·n elements move."""
+    directions = partial(leading_directions, rank=layout.rank)
+    if layout.sync.count > 1:  # each at its place among zeros, so that the sum on the owner is whole, and the mean
+        placed = A.new_zeros(*A.shape[:2], layout.n)
+        placed[..., slice(*layout.n_range)] = averaged(A, layout)
+        return (yield OnOwner(placed, directions, layout.rank))
 
-    def solve(whole: Tensor) -> tuple[Tensor]:
-        return (leading_directions(whole, layout.rank),)
+    def solve(matrix: Tensor) -> tuple[Tensor]:
+        return (directions(matrix),)
 
     A_part, U_part = Part("block", layout.m, layout.n), Part("rows", layout.m, layout.rank)
     (U,) = yield Delegate((A,), (A_part,), solve, (U_part,))
@@ -218,7 +255,9 @@ def randomized_directions(A: Tensor, layout: MatrixLayout, *, oversample: int, i
     columns = min(layout.rank + oversample, layout.m, layout.n)
     Q = A @ test_matrix(torch.arange(*layout.n_range, device=A.device), columns, A.dtype)
     for _ in range(iterations):
-        Q = yield OnOwner(Q, orthonormalize, columns)
+        Q = yield OnOwner(averaged(Q, layout), orthonormalize, columns)
         QtA = yield Sum(layout.over_m, Q.mT @ A)
+        if layout.sync.count > 1:
+            QtA = yield Sum(layout.sync, averaged(QtA, layout))
         Q = A @ QtA.mT
-    return (yield OnOwner(Q, partial(leading_directions, rank=layout.rank), layout.rank))
+    return (yield OnOwner(averaged(Q, layout), partial(leading_directions, rank=layout.rank), layout.rank))

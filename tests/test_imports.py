@@ -51,10 +51,14 @@ ALLOWED = {
     "adamw": {"entries", "rounding", "rules"},
     "gradients": {"entries", "runtime"},
     "error_buffers": {"entries"},
-    "in_grad": {"error_buffers", "entries", "rules"},
+    "in_grad": {"error_buffers", "entries", "located", "replicas", "rules"},
     "consistency": {"entries", "adapters", "runtime"},
-    "state": {"entries", "adapters", "buckets", "fragments", "layout", "quantized", "rules"},
+    "state": {"entries", "adapters", "buckets", "fragments", "layout", "quantized", "rules", "runtime"},
     "state_dicts": {"arguments", "entries", "partitions", "state"},
+    "replicas": {"entries", "layout", "runtime"},
+    "located": {
+        *("arguments", "adapters", "entries", "lowrank", "partitions", "plan", "replicas", "rules"),
+    },
     "placement": {"entries", "state", "plan", "costs", "layout", "quantized", "rules", "tables"},
     "lowrank": {
         *("entries", "state", "plan", "costs", "buckets", "fragments", "step", "requests", "runtime", "rules"),
@@ -63,8 +67,8 @@ ALLOWED = {
     "capture": {"adamw", "entries", "gradients", "in_grad", "lowrank", "plan"},
     "inspection": {"capture", "entries", "lowrank", "measures", "placement", "plan", "runtime"},
     "optimizer": {
-        *("arguments", "rules", "adapters", "entries", "partitions", "gradients", "in_grad", "consistency", "state"),
-        *("state_dicts", "inspection", "adamw", "lowrank", "plan", "runtime"),
+        *("arguments", "rules", "entries", "gradients", "in_grad", "consistency", "state", "state_dicts", "inspection"),
+        *("adamw", "lowrank", "plan", "replicas", "runtime"),
     },
     "__init__": {"_version", "in_grad", "optimizer", "param_groups", "traffic"},
     "cli": {

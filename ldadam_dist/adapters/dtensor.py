@@ -32,6 +32,7 @@ class MeshAdapter:
         mesh: the mesh.
         stack, rows, columns: the mesh dimensions that cut the stack of matrices, their rows and their columns.
         replicas: the mesh dimensions that replicate.
+        sync: a mesh dimension whose processes hold the same weights, and gradients that nobody has averaged.
 
     Raises:
         ValueError: ranks that do not lie in the mesh like the elements of a strided array.
@@ -58,30 +59,37 @@ class MeshAdapter:
         rows: MeshDims = (),
         columns: MeshDims = (),
         replicas: MeshDims = (),
+        sync: MeshDims = (),
     ) -> None:
-        self.mesh, self.stack, self.rows, self.columns, self.replicas = mesh, stack, rows, columns, replicas
+        self.mesh, self.stack, self.rows, self.columns = mesh, stack, rows, columns
+        self.replicas, self._sync = replicas, sync
         _check_regular(mesh)
         self.copies = math.prod(mesh.size(d) for d in replicas)
         self.device = torch.device(mesh.device_type)
         self.groups = tuple((mesh.get_group(d), self.device) for d in range(mesh.ndim))
         self._meshes = {tuple(range(mesh.ndim)): mesh}
         # Made here, whichever side will be projected: ranks whose settings differ must not wait for each other yet.
+        all_replicas = replicas + sync
         self._axes = {
-            dims: _make_axis(mesh, dims) for dims in (rows, columns, rows + replicas, columns + replicas, replicas)
+            dims: _make_axis(mesh, dims)
+            for dims in (rows, columns, rows + all_replicas, columns + all_replicas, replicas, sync)
         }
 
     @classmethod
-    def of_dtensor(cls, param: DTensor, name: str, flatten: bool) -> MeshAdapter:
+    def of_dtensor(cls, param: DTensor, name: str, flatten: bool, sync_group: Any | None = None) -> MeshAdapter:
         """The adapter of a DTensor parameter.
 
         Args:
             param: the parameter.
             name: how errors call it.
             flatten: whether it is seen as one matrix (shape[0], rest).
+            sync_group: the processes that hold the same shard of it, and gradients of their own; outside its mesh.
         Raises:
-            ValueError: a placement that is not supported.
+            ValueError: a placement that is not supported, or a group that shares more than this process with the mesh.
         """
-        mesh = param.device_mesh
+        mesh, sync = param.device_mesh, cast(MeshDims, ())
+        if sync_group is not None:  # it comes last, so that the parameter's own mesh dimensions keep their numbers
+            mesh, sync = _with_replicas(mesh, sync_group, name), (mesh.ndim,)
         try:
             cuts, replicas = mesh_dims_by_tensor_dim(param.placements, mesh.shape, param.ndim)
         except ValueError as error:
@@ -96,23 +104,31 @@ class MeshAdapter:
                     f"(flatten=True), and its other dimensions are cut: {param.placements}. Shard dimension 0, or set "
                     f"enable_lowrank=False for its group."
                 )
-            return cls(mesh, rows=cuts[0], replicas=replicas)
+            return cls(mesh, rows=cuts[0], replicas=replicas, sync=sync)
         if param.ndim == 3:
-            return cls(mesh, cuts[0], cuts[1], cuts[2], replicas)
+            return cls(mesh, cuts[0], cuts[1], cuts[2], replicas, sync)
         rows, columns = (*cuts, (), ())[:2]  # what is no matrix is stepped element by element, however it is cut
-        return cls(mesh, rows=rows, columns=columns, replicas=replicas)
+        return cls(mesh, rows=rows, columns=columns, replicas=replicas, sync=sync)
 
     @classmethod
-    def of_replicas(cls, param: Tensor, process_group: Any) -> MeshAdapter:
-        """The adapter of a plain parameter that every process of `process_group` holds whole."""
-        return cls(DeviceMesh.from_group(process_group, param.device.type), replicas=(0,))
+    def of_replicas(cls, param: Tensor, process_group: Any, averaged: bool) -> MeshAdapter:
+        """The adapter of a plain parameter that every process of `process_group` holds whole, with the same gradients
+        if they are averaged."""
+        mesh = DeviceMesh.from_group(process_group, param.device.type)
+        return cls(mesh, replicas=(0,)) if averaged else cls(mesh, sync=(0,))
+
+    @property
+    def sync(self) -> Axis | None:
+        """The processes that hold the same weights as this one and gradients of their own, if there are any."""
+        axis = self._axes[self._sync]
+        return axis if axis.count > 1 else None
 
     def layout(self, rows: int, columns: int, side: str, rank: int) -> MatrixLayout:
         """Layout of a (rows, columns) matrix of which `side` is projected onto `rank` directions."""
         m_dims, n_dims = (self.rows, self.columns) if side == "left" else (self.columns, self.rows)
         m, n = (rows, columns) if side == "left" else (columns, rows)
-        over_m, over_n = self._axes[m_dims], self._axes[n_dims + self.replicas]
-        return MatrixLayout(m, n, rank, over_m, over_n, self._axes[self.replicas])
+        over_m, over_n = self._axes[m_dims], self._axes[n_dims + self.replicas + self._sync]
+        return MatrixLayout(m, n, rank, over_m, over_n, self._axes[self.replicas], self._axes[self._sync])
 
     def held(self, number: int) -> tuple[Bounds, int]:
         """Of a stack of `number` matrices, (start, stop) of those held here, and the most that any process holds."""
@@ -126,7 +142,8 @@ class MeshAdapter:
             shape: the global shape of the state, (number, ., .) for a stack.
             part: "projector", (m, r), its rows cut like those of the block and then over what cuts the kept dimension;
                 "moments", (r, n), its columns cut like those of the block and then over what cuts the projected one;
-                "error", (rows, columns), like the block that is stepped.
+                "error", (rows, columns), like the block that is stepped, and over `sync`, as the mean error is told;
+                "own error", the same without that, as each replica has it.
             side: the projected side, "left" for rows.
             dtype: of the state.
         """
@@ -141,6 +158,14 @@ class MeshAdapter:
         state = DTensor.from_local(local, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
         device = self.local(param).device
         return state if device.type == mesh.device_type else cast(DTensor, state.to(device))  # offloaded
+
+    def as_own(self, local: Tensor, shape: Sequence[int], side: str) -> DTensor:
+        """The errors of all replicas of `sync`, (replicas, *shape), of which this process has `local`."""
+        cuts = [self._sync, *self._cuts("own error", side)[-len(shape) :]]
+        mesh, whole = self._permuted(sum(cuts, ())), torch.Size((self.mesh.size(self._sync[0]), *shape))
+        placements = [Shard(dim) for dim, dims in enumerate(cuts) for _ in dims]
+        stride = tuple(math.prod(whole[dim + 1 :]) for dim in range(len(whole)))
+        return DTensor.from_local(local[None], mesh, placements, run_check=False, shape=whole, stride=stride)
 
     def as_grad(self, error: Tensor, param: Tensor) -> Tensor:
         """The error, cut like the parameter, as a gradient of it: the same storage."""
@@ -216,11 +241,12 @@ class MeshAdapter:
     def owner_rank(self, owner: int, side: str) -> int:
         """Global rank of a matrix's owner, from its number among the processes that share the matrix."""
         m_dims, n_dims = (self.rows, self.columns) if side == "left" else (self.columns, self.rows)
-        over_m, over_n = self._axes[m_dims], self._axes[n_dims + self.replicas]
+        n_dims += self.replicas + self._sync
+        over_m, over_n = self._axes[m_dims], self._axes[n_dims]
         place = [self.mesh.get_local_rank(d) for d in range(self.mesh.ndim)]
         for dims, axis, index in (
             (m_dims, over_m, owner // over_n.count),
-            (n_dims + self.replicas, over_n, owner % over_n.count),
+            (n_dims, over_n, owner % over_n.count),
         ):
             position = index if axis.order is None else axis.order[index]
             for d in reversed(dims):
@@ -230,7 +256,8 @@ class MeshAdapter:
     def describe(self) -> str:
         """What the mesh dimensions cut: 'rows/fsdp 8, columns/tp 2'."""
         names = self.mesh.mesh_dim_names or [f"dim {d}" for d in range(self.mesh.ndim)]
-        cut_by = {"stack": self.stack, "rows": self.rows, "columns": self.columns, "replicas": self.replicas}
+        cut_by = {"stack": self.stack, "rows": self.rows, "columns": self.columns}
+        cut_by |= {"replicas": self.replicas, "own gradients": self._sync}
         return ", ".join(f"{what}/{names[d]} {self.mesh.size(d)}" for what, dims in cut_by.items() for d in dims)
 
     def local(self, tensor: Tensor) -> Tensor:
@@ -268,11 +295,13 @@ class MeshAdapter:
         """The mesh dimensions that cut the stack, the rows and the columns of a state."""
         m_dims, n_dims = (self.rows, self.columns) if side == "left" else (self.columns, self.rows)
         n_dims += self.replicas
-        rows, columns = {
-            "projector": (m_dims + n_dims, ()),
-            "moments": ((), n_dims + m_dims),
-            "error": (m_dims, n_dims) if side == "left" else (n_dims, m_dims),
-        }[part]
+        if part == "projector":
+            return [self.stack, m_dims + n_dims + self._sync, ()]
+        if part == "moments":
+            return [self.stack, (), n_dims + m_dims + self._sync]
+        if part == "error":
+            n_dims += self._sync
+        rows, columns = (m_dims, n_dims) if side == "left" else (n_dims, m_dims)
         return [self.stack, rows, columns]
 
     def _sizes(self, dims: MeshDims) -> tuple[int, ...]:
@@ -301,6 +330,22 @@ class MeshAdapter:
                 mesh_dim_names=tuple(names[d] for d in order),
             )
         return self._meshes[order]
+
+
+def _with_replicas(mesh: DeviceMesh, group: Any, name: str) -> DeviceMesh:
+    """A mesh with one dimension more, over the processes of a group that have the same place in meshes like it."""
+    ranks, here = torch.tensor(dist.get_process_group_ranks(group)), dist.get_rank()
+    whole = mesh.mesh[..., None] + (ranks - here)
+    if len(whole.unique()) < whole.numel() or bool((whole < 0).any()):
+        raise ValueError(
+            f"parameter {name} lies on a mesh of ranks {mesh.mesh.flatten().tolist()}, and its replicas on ranks "
+            f"{ranks.tolist()}: expected that they share this rank only. With gradient_sync='lowrank' give fully_shard "
+            f"the mesh of the shards, mesh['shard'], and LDAdamW that of the replicas, "
+            f"replicate_mesh=mesh['replicate']."
+        )
+    groups = [*(mesh.get_group(d) for d in range(mesh.ndim)), group]
+    names = (*(mesh.mesh_dim_names or (f"dim_{d}" for d in range(mesh.ndim))), "replicate")
+    return DeviceMesh.from_group(groups, mesh.device_type, mesh=whole, mesh_dim_names=names)
 
 
 def _check_regular(mesh: DeviceMesh) -> None:

@@ -69,6 +69,7 @@ class FlatAdapter:
     sharded = False
     copies = 1
     averaged_in_backward = False
+    sync: Axis | None = None
 
     def __init__(
         self, flat: Tensor, elements: FlatRange, ranks: Sequence[int], group: Any, device: torch.device, columns: int

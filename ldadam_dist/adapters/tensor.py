@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ldadam_dist.layout import Bounds, MatrixLayout, RowCut
+from ldadam_dist.layout import Axis, Bounds, MatrixLayout, RowCut
 
 
 class TensorAdapter:
@@ -23,6 +23,7 @@ class TensorAdapter:
         copies: how many processes hold each element of the parameter.
         present: whether this process takes part in its steps.
         cut: how its rows are cut, if they are.
+        sync: who has the same weights and gradients of its own: nobody.
     """
 
     groups: tuple[tuple[Any, torch.device], ...] = ()
@@ -30,6 +31,7 @@ class TensorAdapter:
     copies = 1
     present = True
     cut: RowCut | None = None
+    sync: Axis | None = None
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

@@ -148,9 +148,32 @@ def agree(status: Tensor, group: Any, device: torch.device) -> Tensor:
         group: process group.
         device: where it communicates.
     """
-    on_device = status.to(device)
-    finish(complete([partial(dist.all_reduce, on_device, op=dist.ReduceOp.MAX)], group))
-    return on_device.to(status.device)
+    return maxima(status.to(device, copy=True), group).to(status.device)
+
+
+def all_reduce(vector: Tensor, group: Any) -> Waiting[None]:
+    """Sum a tensor over a group, in place."""
+    yield from complete([partial(dist.all_reduce, vector)], group)
+
+
+def maxima(tensor: Tensor, group: Any) -> Tensor:
+    """Element-wise maximum of a tensor over a group, in place."""
+    finish(complete([partial(dist.all_reduce, tensor, op=dist.ReduceOp.MAX)], group))
+    return tensor
+
+
+def mean_slice(tensor: Tensor, axis: Axis) -> Tensor:
+    """Mean of a (b, r, n) tensor over an axis: this process's slice of the last dimension."""
+    if axis.count == 1:
+        return tensor
+    return finish(answer_scatter_sums([ScatterSum(axis, tensor / axis.count)], axis))[0]
+
+
+def joined(tensor: Tensor, axis: Axis, length: int) -> Tensor:
+    """Slices of the last dimension of a (b, r, n) tensor, put side by side, `length` long."""
+    if axis.count == 1:
+        return tensor
+    return finish(answer_gathers([Gather(axis, tensor, -1, length)], axis))[0]
 
 
 def gather_objects(mine: Any, group: Any) -> list[Any]:

@@ -1,0 +1,159 @@
+"""gradient_sync="lowrank": replicas whose gradients nobody has averaged, and what is averaged of them all the same.
+
+The step averages contractions of matrices (`step`). Here is the rest: the gradients of parameters that AdamW steps, the
+norm to clip by, and whether replicas still have the same weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldadam_dist.entries import MISSING, Entry
+from ldadam_dist.layout import Axis
+from ldadam_dist.runtime import all_reduce, finish, maxima, ranks_of
+
+SMALL = 2**20
+"""Gradients of at most so many elements are copied into one vector, to be averaged by one call."""
+
+
+@dataclass
+class Replicas:
+    """Processes that hold the same weights.
+
+    Attributes:
+        group: their process group. None: each process is by itself, but for DTensors whose mesh replicates them.
+        averaged: whether their gradients are averaged before a step.
+        in_backward: ids of parameters whose gradients have been averaged in the last backward all the same
+            (`integrations.ddp`).
+    """
+
+    group: Any | None = None
+    averaged: bool = True
+    in_backward: set[int] = field(default_factory=set)
+
+    @classmethod
+    def chosen(cls, gradient_sync: str, process_group: Any | None, replicate_mesh: Any | None) -> Replicas:
+        """From the arguments of `LDAdamW`.
+
+        Raises:
+            ValueError: an unknown gradient_sync, or groups that do not go with it.
+        """
+        if gradient_sync not in ("full", "lowrank"):
+            raise ValueError(f"gradient_sync={gradient_sync!r}: expected 'full' or 'lowrank'.")
+        if replicate_mesh is not None:
+            if gradient_sync == "full" or process_group is not None:
+                raise ValueError(
+                    "replicate_mesh= names the replicas whose gradients are averaged as factors: expected it with "
+                    "gradient_sync='lowrank', and without process_group=, which names the same."
+                )
+            if replicate_mesh.ndim != 1:
+                raise ValueError(
+                    f"replicate_mesh= has dimensions {tuple(replicate_mesh.shape)}: expected one, such as "
+                    f"mesh['replicate']."
+                )
+            process_group = replicate_mesh.get_group()
+        if gradient_sync == "lowrank" and process_group is None:
+            raise ValueError(
+                "gradient_sync='lowrank' averages over replicas, and none are named: expected process_group= (DDP, "
+                "plain modules) or replicate_mesh= (HSDP, the mesh dimension over which fully_shard does not shard)."
+            )
+        return cls(process_group, gradient_sync == "full")
+
+    def check(self, name: str, group: Mapping[str, Any]) -> None:
+        """Raise ValueError for settings of a parameter's group that need the mean gradient whole."""
+        for key, value, instead in (("proj_method", "svd", "power_iteration"), ("communication", "gather", "auto")):
+            if not self.averaged and group["enable_lowrank"] and group[key] == value:
+                raise ValueError(
+                    f"parameter {name} has {key}={value!r}, which brings whole gradients together at every step: with "
+                    f"gradient_sync='lowrank' expected {instead!r}, or use gradient_sync='full'."
+                )
+
+    @contextmanager
+    def averaging(self, entries: Sequence[Entry]) -> Iterator[None]:
+        """Around what else a step does: average the gradients of these parameters meanwhile.
+
+        Args:
+            entries: parameters that are stepped element by element; on replicas with gradients of their own, their
+                `local_grad` is the mean afterwards.
+        """
+        under_way = []
+        waiting = [e for e in entries if e.adapter.sync is not None and e.status != MISSING]
+        for axis, parts in _coalesced([e for e in waiting if id(e.param) not in self.in_backward]):
+            vector = parts[0].grad.contiguous() if len(parts) == 1 else torch.cat([e.grad.reshape(-1) for e in parts])
+            reducing = all_reduce(vector.div_(axis.count), axis.group)
+            next(reducing)
+            under_way.append((parts, vector, reducing))
+        yield
+        for parts, vector, reducing in under_way:
+            finish(reducing)
+            pieces = vector.view(-1).split([e.grad.numel() for e in parts])
+            for entry, piece in zip(parts, pieces, strict=True):
+                entry.local_grad = piece.view(entry.grad.shape)
+        self.in_backward.clear()
+
+    def mean_norm(self, norm: Tensor, norm_type: float) -> Tensor:
+        """(mean ‖Gᵢ‖ᵖ)^(1/p) over replicas with gradients of their own: at least the norm of the mean gradient.
+
+        Args:
+            norm: (), that of this replica.
+            norm_type: p ≥ 1, may be infinity.
+        """
+        if self.averaged:
+            return norm
+        if math.isinf(norm_type):
+            return maxima(norm.clone(), self.group)
+        power = (norm.double() ** norm_type).reshape(1)
+        finish(all_reduce(power.div_(len(ranks_of(self.group))), self.group))
+        return (power[0] ** (1 / norm_type)).to(norm.dtype)
+
+
+def check_equal(entries: Iterable[Entry]) -> None:
+    """Raise RuntimeError if replicas with gradients of their own do not have the same weights, bit by bit; collective.
+
+    Args:
+        entries: all parameters.
+    """
+    shared: dict[Axis, list[Entry]] = {}
+    for entry in entries:
+        if entry.adapter.sync is not None:
+            shared.setdefault(entry.adapter.sync, []).append(entry)
+    for axis, members in shared.items():
+        prints = torch.stack([_fingerprint(e.adapter.local(e.param)) for e in members])
+        both = maxima(torch.cat([prints, -prints]), axis.group)
+        differ = (both[: len(prints)] != -both[len(prints) :]).nonzero()
+        if len(differ):
+            raise RuntimeError(
+                f"replicas on ranks {ranks_of(axis.group)} differ in {len(differ)} of {len(members)} weights, first in "
+                f"{members[int(differ[0])].name}: expected the same bits. They must start with the same weights "
+                f"(DistributedDataParallel and torch.distributed.broadcast see to it), and nothing but the optimizer "
+                f"may change them."
+            )
+
+
+def _fingerprint(tensor: Tensor) -> Tensor:
+    """(), int64: a sum that changes if any bit changes, or if elements change places."""
+    data = tensor.contiguous().view(-1).view(torch.uint8)
+    words = torch.nn.functional.pad(data, (0, -len(data) % 8)).view(torch.int64)
+    odd = torch.arange(len(words), device=words.device).mul_(2).add_(1).mul_(0x5851F42D4C957F2D)  # wraps around
+    return (words * odd).sum() // 2  # so that its negative is a number too
+
+
+def _coalesced(entries: Iterable[Entry]) -> Iterator[tuple[Axis, list[Entry]]]:
+    """What is averaged by one call: large gradients by themselves, where they are."""
+    small: dict[Any, list[Entry]] = {}
+    for entry in entries:
+        axis, grad = entry.adapter.sync, entry.grad
+        assert axis is not None
+        if grad.numel() > SMALL:
+            yield axis, [entry]
+        else:
+            small.setdefault((axis, grad.dtype, grad.device), []).append(entry)
+    for (axis, *_), members in small.items():
+        yield axis, members
