@@ -9,6 +9,7 @@ export USER=${USER:-$(id --user --name 2>/dev/null || id --user)}
 if [[ ! -w ${HOME:-/} ]]; then
     HOME=$(mktemp --directory)
     export HOME
+    mkdir "$HOME/.cache"
 fi
 
 case ${1:-} in

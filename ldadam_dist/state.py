@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldadam_dist.adapters import MeshAdapter
+from ldadam_dist.adapters import on_mesh
 from ldadam_dist.buckets import Matrix
 from ldadam_dist.entries import Entry
 from ldadam_dist.fragments import CutMatrix
@@ -36,7 +36,7 @@ def stored_shapes(entry: Entry) -> dict[str, tuple[int, ...]]:
 
 def check_places(entry: Entry, saved: Mapping[str, Tensor]) -> None:
     """Raise ValueError if what is to be loaded was saved of another process or layout."""
-    if isinstance(entry.adapter, MeshAdapter):
+    if on_mesh(entry.adapter):
         side = entry.side if entry.matrices else ""
         for key, state in saved.items():
             part = PARTS.get(key) if entry.matrices else None
@@ -106,7 +106,7 @@ def floating_error(entry: Entry, state: Mapping[str, Any]) -> Tensor:
 
 def own_error(entry: Entry) -> Tensor:
     """The errors of all replicas that have their own, as a DTensor (replicas, ...) of floating numbers."""
-    assert isinstance(entry.adapter, MeshAdapter)
+    assert on_mesh(entry.adapter)
     shape = state_shapes(entry.shape, entry.group)["error"]
     return entry.adapter.as_own(floating_error(entry, entry.state).contiguous(), shape, entry.side)
 

@@ -7,6 +7,7 @@ print(traffic)
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -15,7 +16,6 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 from torch.utils._pytree import tree_leaves
 
@@ -142,7 +142,8 @@ class Traffic(TorchDispatchMode):
         # An operation on a tensor subclass may communicate. NotImplemented hands it to the subclass with this mode on,
         # but passes over modes further out: for DTensor, as torch's CommDebugMode does, or if there are none but these.
         types = tuple(t for t in types if t is not Tensor)  # as `view(dtype)` names it
-        if any(issubclass(t, DTensor) for t in types):
+        dtensor = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ())  # there is none if nobody has one
+        if any(issubclass(t, dtensor) for t in types):
             return NotImplemented
         if types and all(isinstance(mode, Traffic) for mode in _get_current_dispatch_mode_stack()):
             return NotImplemented

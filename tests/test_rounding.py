@@ -82,7 +82,8 @@ def places_here() -> list[str]:
                 continue
             param = distribute_tensor(elements.float(), meshes[len(placements)], placements)
             local = param.to_local()
-            rows, columns = adapter_for(param, None, True, "it", False).places(param, shape, 0, len(local) if shape else 1)
+            adapter = adapter_for(param, None, True, "it", False)
+            rows, columns = adapter.places(param, shape, 0, len(local) if shape else 1)
             found = rows * elements[:1].numel() + columns if shape else rows + columns
             if not torch.equal(found.view(local.shape), local.long()):
                 wrong.append(f"{shape}, {placements}")

@@ -1,17 +1,21 @@
-"""How each backend stores a parameter and its states. Adapters move data; they do no maths."""
+"""How each backend stores a parameter and its states. Adapters move data; they do no maths.
+
+That of meshes is imported when it is first needed: torch takes longer to import DTensor than all the rest.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
 
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
-from ldadam_dist.adapters.dtensor import MeshAdapter
 from ldadam_dist.adapters.flat import FlatAdapter
 from ldadam_dist.adapters.tensor import TensorAdapter
 
-Adapter = TensorAdapter | MeshAdapter | FlatAdapter
+if TYPE_CHECKING:
+    from ldadam_dist.adapters.dtensor import MeshAdapter
+
+Adapter: TypeAlias = "TensorAdapter | MeshAdapter | FlatAdapter"
 
 
 def adapter_for(param: Tensor, process_group: Any | None, averaged: bool, name: str, flatten: bool) -> Adapter:
@@ -26,11 +30,19 @@ def adapter_for(param: Tensor, process_group: Any | None, averaged: bool, name: 
     Raises:
         ValueError: a layout that is not supported.
     """
-    if isinstance(param, DTensor):
+    is_dtensor = hasattr(param, "device_mesh")
+    if not is_dtensor and process_group is None:
+        return TensorAdapter(param.device)
+    from ldadam_dist.adapters.dtensor import MeshAdapter
+
+    if is_dtensor:
         return MeshAdapter.of_dtensor(param, name, flatten, None if averaged else process_group)
-    if process_group is not None:
-        return MeshAdapter.of_replicas(param, process_group, averaged)
-    return TensorAdapter(param.device)
+    return MeshAdapter.of_replicas(param, process_group, averaged)
 
 
-__all__ = ["Adapter", "FlatAdapter", "MeshAdapter", "TensorAdapter", "adapter_for"]
+def on_mesh(adapter: Adapter) -> TypeGuard[MeshAdapter]:
+    """Whether a parameter is on a mesh, and its states are DTensors."""
+    return adapter.sharded
+
+
+__all__ = ["Adapter", "FlatAdapter", "TensorAdapter", "adapter_for", "on_mesh"]

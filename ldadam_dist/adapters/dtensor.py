@@ -76,7 +76,7 @@ class MeshAdapter:
         }
 
     @classmethod
-    def of_dtensor(cls, param: DTensor, name: str, flatten: bool, sync_group: Any | None = None) -> MeshAdapter:
+    def of_dtensor(cls, param: Any, name: str, flatten: bool, sync_group: Any | None = None) -> MeshAdapter:
         """The adapter of a DTensor parameter.
 
         Args:

@@ -56,7 +56,7 @@ class _Hook:
         for param in optimizer.vectors():  # a backward adds to a gradient, and then DDP averages it, or not
             param.register_post_accumulate_grad_hook(lambda param: averaged.discard(id(param)))
 
-    def reduce(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    def reduce(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
         """The communication hook."""
         buffer: Tensor = bucket.buffer()
         others = [
