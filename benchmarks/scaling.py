@@ -11,6 +11,8 @@ are those that `LDAdamW.placement()` foretells from metadata, which tests/test_w
 
     fsdp    matrices cut by rows          ddp    replicas; states partitioned over them (process_group=)
     hsdp    two replicas of such shards   tp     rows of query, key, value, gate and up; columns of output and down
+    sync    replicas whose gradients nobody has averaged (gradient_sync="lowrank"); with ddp, DDP has, which the column
+            "for gradients" counts
 """
 
 from __future__ import annotations
@@ -44,7 +46,7 @@ from benchmarks.contenders import give, giving
 from ldadam_dist import LDAdamW, Traffic
 from ldadam_dist.tables import format_bytes
 
-KINDS = ("fsdp", "hsdp", "ddp", "tp")
+KINDS = ("fsdp", "hsdp", "ddp", "sync", "tp")
 
 _world = itertools.count()
 
@@ -75,6 +77,7 @@ class Row:
     Attributes:
         kind, processes: the mesh.
         sent: bytes that one step sends, of one rank.
+        for_gradients: bytes that averaging the gradients has sent before; None where they are reduced to shards.
         states, adamw_states: bytes on the fullest rank, with LDAdamW and with AdamW.
         calls: collectives of a step; this and what follows is None with fake ranks.
         step_ms, adamw_ms: medians.
@@ -84,6 +87,7 @@ class Row:
     kind: str
     processes: int
     sent: int
+    for_gradients: int | None
     states: int
     adamw_states: int
     calls: int | None = None
@@ -103,7 +107,7 @@ def mesh_of(kind: str, processes: int) -> DeviceMesh:
 def parameters(setting: Setting, device: str = "cpu") -> list[nn.Parameter]:
     """The matrices as the kind of mesh cuts them, the same on all ranks where they are replicas."""
     torch.manual_seed(0)
-    if setting.kind == "ddp":
+    if setting.kind in ("ddp", "sync"):
         return [nn.Parameter(torch.randn(shape, device=device) * 2e-2) for shape in each(setting.model.matrices)]
     mesh = mesh_of(setting.kind, dist.get_world_size())
     found = []
@@ -146,7 +150,9 @@ def held(optimizer: torch.optim.Optimizer) -> int:
 def build(setting: Setting, device: str = "cpu") -> tuple[list[nn.Parameter], LDAdamW, Callable[[], None]]:
     """The parameters, LDAdamW for them, and what gives them new gradients."""
     params = parameters(setting, device)
-    group = {"process_group": dist.group.WORLD} if setting.kind == "ddp" else {}
+    group: dict[str, Any] = {"process_group": dist.group.WORLD} if setting.kind in ("ddp", "sync") else {}
+    if setting.kind == "sync":
+        group["gradient_sync"] = "lowrank"
     optimizer = LDAdamW(params, rank=setting.rank, **group, **setting.options)
 
     def give_gradients() -> None:
@@ -190,6 +196,7 @@ def real(setting: Setting, processes: int) -> Row:
     return Row(
         setting.kind,
         processes,
+        for_gradients=for_gradients(setting, processes),
         **most,
         step_ms=statistics.median(mine for mine, _ in slowest),
         adamw_ms=statistics.median(theirs for _, theirs in slowest),
@@ -211,7 +218,14 @@ def fake(setting: Setting, processes: int) -> Row:
             found.append((sum(row.wire_bytes for row in placed), sum(row.state_bytes for row in placed), adamw))
         finally:
             dist.destroy_process_group()
-    return Row(setting.kind, processes, *(round(max(column)) for column in zip(*found, strict=True)))
+    sent, states, adamw_states = (round(max(column)) for column in zip(*found, strict=True))
+    return Row(setting.kind, processes, sent, for_gradients(setting, processes), states, adamw_states)
+
+
+def for_gradients(setting: Setting, processes: int) -> int | None:
+    """Bytes that averaging the gradients of the matrices takes outside the optimizer; an all-reduce counts twice."""
+    elements = sum(rows * columns for rows, columns in each(setting.model.matrices))
+    return {"ddp": 8 * elements * (processes > 1), "sync": 0}.get(setting.kind)
 
 
 def cells(row: Row) -> list[str]:
@@ -219,7 +233,8 @@ def cells(row: Row) -> list[str]:
     times = ("–" if value is None else f"{value:.1f}" for value in (row.step_ms, row.adamw_ms, row.ratio))
     calls = "–" if row.calls is None else str(row.calls)
     states = (format_bytes(row.states), f"{row.states / row.adamw_states:.2f}")
-    return [row.kind, str(row.processes), format_bytes(row.sent), calls, *states, *times]
+    before = "–" if row.for_gradients is None else format_bytes(row.for_gradients)
+    return [row.kind, str(row.processes), format_bytes(row.sent), before, calls, *states, *times]
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -252,7 +267,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         for title, numbers, measured in zip(rows, (args.processes, args.fake), (real, fake), strict=True):
             rows[title] += [measured(setting, n) for n in numbers if kind != "hsdp" or n % 2 == 0]
     header = (
-        *("mesh", "processes", "sent a step and rank", "calls", "states of a rank", "of AdamW"),
+        *("mesh", "processes", "sent a step and rank", "for gradients", "calls", "states of a rank", "of AdamW"),
         *("step, ms", "AdamW fused, ms", "÷ AdamW"),
     )
     for title, found in rows.items():

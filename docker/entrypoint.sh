@@ -5,7 +5,8 @@ set -euo pipefail
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 # With --user the system may not know the user: torch asks for a name, and caches want a home.
-export USER=${USER:-$(id --user --name 2>/dev/null || id --user)}
+[[ -n ${USER:-} ]] || USER=$(id --user --name 2>/dev/null) || USER=$(id --user)
+export USER
 if [[ ! -w ${HOME:-/} ]]; then
     HOME=$(mktemp --directory)
     export HOME

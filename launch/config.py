@@ -42,6 +42,7 @@ class ModelOptions:
     parallel: Literal["auto", "fsdp", "ddp", "none"] = option(
         "auto", "fsdp: FSDP2 (fully_shard); ddp: replicas; none: one device; auto: fsdp under torchrun, else none"
     )
+    replicas: int = option(1, "fsdp: copies of the model, each sharded over its share of the ranks (HSDP)")
     deepspeed: str | None = option(
         None,
         "a JSON file of DeepSpeed, e.g. configs/deepspeed/zero2.json: ZeRO spreads model and optimizer, and parallel "
@@ -57,6 +58,11 @@ class ModelOptions:
     def __post_init__(self) -> None:
         known = sorted(path.stem for path in MODELS.glob("*.json"))
         expect(self.model_path.is_file(), f"model={self.model!r}: no such file and not one of {', '.join(known)}")
+        expect(self.replicas >= 1, f"replicas={self.replicas}: expected at least 1")
+        expect(
+            self.replicas == 1 or (self.parallel in ("auto", "fsdp") and self.deepspeed is None),
+            f"replicas={self.replicas} is for FSDP2: expected parallel=fsdp, and no deepspeed",
+        )
         if self.deepspeed is not None:
             expect(Path(self.deepspeed).expanduser().is_file(), f"deepspeed={self.deepspeed!r}: no such file")
             expect(
@@ -141,6 +147,11 @@ class OptimizerOptions:
         False,
         "ldadamw: gradients accumulate into the errors; with clip=0 that saves their memory, and no norm is logged",
     )
+    gradient_sync: Literal["full", "lowrank"] = option(
+        "full",
+        "ldadamw, with parallel=ddp or replicas: what replicas exchange, gradients, or the contractions of them that a "
+        "step needs, with the same numbers (docs/sharding.md); clip then goes by the replicas' own norms",
+    )
     metrics_every: int = option(
         0, "ldadamw: measure norms, captured energy and the subspace every so many steps, for the next log; 0: never"
     )
@@ -158,9 +169,9 @@ class OptimizerOptions:
             self.betas is None or all(0 <= beta < 1 for beta in self.betas),
             f"betas={self.betas}: expected two numbers in [0, 1)",
         )
-        for name in ("error_in_grad", "metrics_every"):
+        for name, usual in (("error_in_grad", False), ("metrics_every", 0), ("gradient_sync", "full")):
             expect(
-                not getattr(self, name) or self.optimizer == "ldadamw",
+                getattr(self, name) == usual or self.optimizer == "ldadamw",
                 f"{name}={getattr(self, name)} with optimizer={self.optimizer}, which has no such option: remove one",
             )
         expect(self.rank >= 1, f"rank={self.rank}: expected at least 1")
@@ -232,6 +243,11 @@ class Config:
         expect(
             not (self.optimizer.error_in_grad and self.model.deepspeed),
             "error_in_grad=True with deepspeed, whose gradients are its own: remove one",
+        )
+        expect(
+            self.optimizer.gradient_sync == "full" or self.model.parallel == "ddp" or self.model.replicas > 1,
+            f"gradient_sync=lowrank with parallel={self.model.parallel}, where nothing is replicated: expected "
+            f"parallel=ddp, or FSDP2 with replicas, e.g. as many as there are hosts",
         )
 
     def flat(self) -> dict[str, Any]:

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.distributed.checkpoint import CheckpointException, async_save, load, save
+from torch.distributed.checkpoint import CheckpointException, FileSystemReader, async_save, load, save
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -25,7 +25,8 @@ from transformers import LlamaForCausalLM
 from launch.config import Config, ModelOptions, expect
 from launch.distributed import World
 from launch.optim import build_optimizer
-from ldadam_dist import clip_grad_norm_
+from ldadam_dist import LDAdamW, clip_grad_norm_
+from ldadam_dist.integrations.ddp import keep_matrices_local
 
 
 class Update(NamedTuple):
@@ -111,17 +112,25 @@ class TorchEngine(Engine):
         super().__init__(model, config, world)
         self.parallel = resolve_parallel(config.model, world)
         self.autocast = self.bf16 and self.parallel != "fsdp"  # under FSDP2 the mixed-precision policy does it
-        self.module = self._spread(model)
+        lowrank = config.optimizer.gradient_sync == "lowrank"
+        mesh = fsdp_mesh(config.model, world) if self.parallel == "fsdp" else None
+        self.module = self._spread(model, mesh["shard"] if mesh is not None and lowrank else mesh)
         self.module.train()
-        self.optimizer = build_optimizer(self.module, config.optimizer)
+        replicas: dict[str, Any] = {}
+        if lowrank and mesh is not None:
+            replicas = {"replicate_mesh": mesh["replicate"]}
+        elif lowrank:
+            replicas = {"process_group": self.module.process_group}
+        self.optimizer = build_optimizer(self.module, config.optimizer, **replicas)
+        if isinstance(self.module, DistributedDataParallel) and lowrank:
+            keep_matrices_local(self.module, self.optimizer)
         self.clip, self.error_in_grad = config.optimizer.clip, config.optimizer.error_in_grad
         # One process without a process group saves and loads alone, as it should.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
-    def _spread(self, model: LlamaForCausalLM) -> nn.Module:
+    def _spread(self, model: LlamaForCausalLM, mesh: DeviceMesh | None) -> nn.Module:
         device = self.world.device
-        if self.parallel == "fsdp":
-            mesh = init_device_mesh(device.type, (self.world.size,), mesh_dim_names=("fsdp",))
+        if mesh is not None:
             dtype = torch.bfloat16 if self.bf16 else torch.float32
             policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
             for layer in model.model.layers:
@@ -176,14 +185,37 @@ class TorchEngine(Engine):
 
     def load(self, folder: Path) -> None:
         state = self._state()
+        saved = FileSystemReader(folder).read_metadata().state_dict_metadata
+        same = [getattr(saved.get(f"{OWN}.{name}"), "size", None) == t.shape for name, t in state[OWN].items()]
+        if not all(same):  # of another number of replicas, or of none: the mean, which is in the state, will do
+            del state[OWN]
         load(state, checkpoint_id=folder)
         set_state_dict(
             self.module, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
         )
+        if state.get(OWN):
+            self.optimizer.load_own_errors(state[OWN])
 
     def _state(self) -> dict[str, Any]:
         model, optimizer = get_state_dict(self.module, self.optimizer)
-        return {"model": model, "optimizer": optimizer}
+        own = self.optimizer.own_errors() if isinstance(self.optimizer, LDAdamW) else {}
+        return {"model": model, "optimizer": optimizer, OWN: own}
+
+
+OWN = "own_errors"
+"""In a checkpoint, with gradient_sync=lowrank: the replicas' own errors; the state of the optimizer has their mean."""
+
+
+def fsdp_mesh(options: ModelOptions, world: World) -> DeviceMesh:
+    """All ranks, or the replicas and the shards of each."""
+    expect(
+        world.size % options.replicas == 0,
+        f"replicas={options.replicas} do not share {world.size} ranks evenly: choose a divisor",
+    )
+    device, shards = world.device.type, world.size // options.replicas
+    if options.replicas == 1:
+        return init_device_mesh(device, (shards,), mesh_dim_names=("fsdp",))
+    return init_device_mesh(device, (options.replicas, shards), mesh_dim_names=("replicate", "shard"))
 
 
 def uses_bf16(options: ModelOptions, world: World) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,7 +14,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from launch.config import ConfigError, OptimizerOptions
 
 
-def build_optimizer(model: nn.Module, options: OptimizerOptions) -> torch.optim.Optimizer:
+def build_optimizer(model: nn.Module, options: OptimizerOptions, **replicas: Any) -> torch.optim.Optimizer:
+    """The optimizer; `replicas` tells LDAdamW of those whose gradients it averages."""
     from ldadam_dist import LDAdamW, build_param_groups
 
     module = model.module if isinstance(model, DistributedDataParallel) else model
@@ -41,6 +43,8 @@ def build_optimizer(model: nn.Module, options: OptimizerOptions) -> torch.optim.
             stochastic_rounding=options.stochastic_rounding,
             error_in_grad=options.error_in_grad,
             metrics_every=options.metrics_every,
+            gradient_sync=options.gradient_sync,
+            **replicas,
         )
     except ValueError as error:
         raise ConfigError(f"optimizer={options.optimizer}: {error}") from error

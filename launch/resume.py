@@ -23,6 +23,7 @@ FREE_ON_RESUME = {
     *("steps", "micro_batch_size", "parallel", "deepspeed", "activation_checkpointing", "cache_dir"),
     *("eval_every", "log_every", "save_every", "save_minutes", "keep_last", "async_save", "timeout_minutes"),
     *("output_dir", "resume", "error_dtype", "state_dtype", "stochastic_rounding", "metrics_every"),
+    *("replicas", "gradient_sync"),
 }
 
 

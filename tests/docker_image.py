@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -288,7 +289,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         say(f"skipped: {error}")
         return SKIPPED
     except AssertionError as error:
-        say(f"FAILED: {error}")
+        say(f"FAILED: {str(error) or traceback.format_exc()}")
         return 1
     finally:
         if options.keep:

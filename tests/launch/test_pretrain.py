@@ -84,6 +84,46 @@ def test_accumulation_and_checkpointing_train_like_one(
     assert records[1]["ldadamw/error_norm"] == records[2]["ldadamw/error_norm"] != records[3]["ldadamw/error_norm"]
 
 
+def assert_gradients_are_averaged_as_factors(
+    size: int, options: list[str], tiny_config: Path, tmp_path: Path, ranks: Callable[..., None]
+) -> None:
+    """The curves of one rank, and an exact resume; on fewer replicas, or with whole gradients, from the mean error."""
+    # Norms are the replicas' own, so nothing is clipped, and they are not compared.
+    common = ["--config", str(tiny_config), "--clip", "0", "--save_every", "6"]
+    replicas = ["--gradient_sync", "lowrank", "--micro_batch_size", "1", *options]
+    assert pretrain([*common, "--output_dir", str(tmp_path / "one")]) == 0
+    ranks(size, *common, *replicas, "--output_dir", tmp_path / "run")
+    one, run = read_log(tmp_path / "one"), read_log(tmp_path / "run")
+    for name in ("loss", "val_loss"):
+        assert values(run, name) == pytest.approx(values(one, name), rel=2e-5), name
+    again = interrupted(tmp_path / "run", tmp_path / "again")
+    ranks(size, *common, *replicas, "--output_dir", again, "--resume", "latest")
+    assert values(read_log(again), "loss") == values(run, "loss")
+    alone = interrupted(tmp_path / "run", tmp_path / "alone")
+    assert pretrain([*common, "--output_dir", str(alone), "--resume", "latest"]) == 0
+    assert values(read_log(alone), "loss") == pytest.approx(values(one, "loss"), rel=2e-5)
+
+
+def test_replicas_that_exchange_factors_train_like_one(
+    tiny_config: Path, tmp_path: Path, ranks: Callable[..., None]
+) -> None:
+    assert_gradients_are_averaged_as_factors(2, ["--parallel", "ddp"], tiny_config, tmp_path, ranks)
+
+
+@pytest.mark.slow
+def test_sharded_replicas_that_exchange_factors_train_like_one(
+    tiny_config: Path, tmp_path: Path, ranks: Callable[..., None]
+) -> None:
+    assert_gradients_are_averaged_as_factors(4, ["--replicas", "2"], tiny_config, tmp_path, ranks)
+
+
+@pytest.mark.slow
+def test_sharded_replicas_train_like_one(tiny_config: Path, tmp_path: Path, ranks: Callable[..., None]) -> None:
+    assert pretrain(["--config", str(tiny_config), "--output_dir", str(tmp_path / "one")]) == 0
+    ranks(4, "--config", tiny_config, "--replicas", "2", "--output_dir", tmp_path / "run")
+    assert_same_curves(read_log(tmp_path / "run"), read_log(tmp_path / "one"), relative=2e-5)
+
+
 def interrupted(run: Path, folder: Path) -> Path:
     """A copy of a run as if it had been ended after its first checkpoint was followed by more steps."""
     shutil.copytree(run, folder)
