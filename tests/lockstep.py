@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldadam_dist.layout import WHOLE, Axis, MatrixLayout, Part, Place
+from ldadam_dist.layout import Axis, MatrixLayout, Part, Place
 from ldadam_dist.requests import Delegate, Gather, OnOwner, Request, ScatterSum, Sum
 from ldadam_dist.step import Block, Hyper, ldadam_step, step_on_owner
 from ldadam_dist.weights import Weights
@@ -22,9 +22,12 @@ class Lockstep:
         cuts: number of shards over either dimension.
         replicas: number of processes that hold each shard of the weight, and cut it once more over n.
         gather: the matrices are stepped whole, on their owner.
+        own: the replicas have gradients of their own, and do not cut n but for the states.
     """
 
-    def __init__(self, weight: Tensor, rank: int, cuts: Place, replicas: int = 1, gather: bool = False) -> None:
+    def __init__(
+        self, weight: Tensor, rank: int, cuts: Place, replicas: int = 1, gather: bool = False, own: bool = False
+    ) -> None:
         b, m, n = weight.shape
         self.t = 0
         self.shape = (b, m, n)
@@ -35,7 +38,7 @@ class Lockstep:
                 *(m, n, rank),
                 over_m=Axis((cuts[0],), i, ("m", j)),
                 over_n=Axis(over_n, j, ("n", i)),
-                replicas=Axis((replicas,), j % replicas, ("replicas", i, j // replicas)) if replicas > 1 else WHOLE,
+                **({"sync" if own else "replicas": self.replicas(i, j, replicas)} if replicas > 1 else {}),
             )
             for i in range(cuts[0])
             for j in range(cuts[1] * replicas)
@@ -47,12 +50,17 @@ class Lockstep:
             rows, cols = (stop - start for start, stop in (layout.stored_rows, layout.stored_columns))
             self.states[place] = tuple(weight.new_zeros(b, *s) for s in ((rows, rank), (rank, cols), (rank, cols)))
 
+    @staticmethod
+    def replicas(i: int, j: int, number: int) -> Axis:
+        return Axis((number,), j % number, ("replicas", i, j // number))
+
     def step(self, grad: Tensor, hyper: Hyper) -> None:
-        """One step with the whole gradient (b, m, n)."""
+        """One step with the whole gradient (b, m, n); (replicas, b, m, n) if each has its own."""
         self.t += 1
         blocks, exchanges, results, answers = {}, {}, {}, dict.fromkeys(self.layouts)
         for place, layout in self.layouts.items():
-            local = grad[:, slice(*layout.m_range), slice(*layout.n_range)]
+            mine = grad[place[1] % len(grad)] if grad.ndim == 4 else grad
+            local = mine[:, slice(*layout.m_range), slice(*layout.n_range)]
             accumulated = self.errors[place].add_(local) if hyper.error_feedback else local
             blocks[place] = Block(accumulated, Weights(self.weights[place]), *self.states[place])
             exchanges[place] = self.step_function(blocks[place], layout, hyper, self.t)
@@ -106,5 +114,9 @@ class Lockstep:
         out = next(iter(shards.values())).new_full(self.shape, torch.nan)
         for place, layout in self.layouts.items():
             columns = layout.weight_range if shards is self.weights else layout.n_range
-            out[:, slice(*layout.m_range), slice(*columns)] = shards[place]
+            block = out[:, slice(*layout.m_range), slice(*columns)]
+            if layout.sync.count > 1 and shards is self.errors:  # their mean
+                block.copy_(block.nan_to_num() + shards[place] / layout.sync.count)
+            else:
+                block.copy_(shards[place])
         return out

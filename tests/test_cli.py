@@ -162,6 +162,8 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "two sizes": (["plan", MODEL, "--mesh", "shard=4", "--ranks", "8"], "give one"),
     "hsdp without a mesh": (["plan", MODEL, "--sharding", "hsdp", "--ranks", "8"], "both sides of the mesh"),
     "one device with a mesh": (["plan", MODEL, "--sharding", "one", "--ranks", "4"], "expected a single rank"),
+    "nothing replicated": (["plan", MODEL, "--ranks", "8", "--gradient-sync", "lowrank"], "expected ddp or hsdp"),
+    "unknown sync": (["plan", MODEL, "--gradient-sync", "low"], "expected full or lowrank"),
     "rank too large": (["plan", MODEL, "--rank", "5000"], "rank=5000"),
     "rank of nothing": (["plan", MODEL, "--rank", "0"], "rank"),
     "unknown dtype": (["plan", MODEL, "--rank", "16", "--param-dtype", "float8"], "expected one of"),

@@ -136,3 +136,29 @@ def test_rank_deficient_gradients_do_not_depend_on_the_cut(cut: str) -> None:
         torch.testing.assert_close(sharded.whole(sharded.weights), whole.whole(whole.weights), rtol=0, atol=1e-10)
         projector = whole.states[0, 0][0][0]
         torch.testing.assert_close(projector.mT @ projector, torch.eye(3, dtype=torch.float64), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"error_feedback": False}, {"proj_method": "svd_lowrank"}, {"exact_init": False}], ids=str
+)
+@pytest.mark.parametrize("cuts", [(1, 1), (3, 1), (1, 2), (2, 2), (1, 4)], ids=str)
+@pytest.mark.parametrize("replicas", [2, 3, 4])
+def test_replicas_with_gradients_of_their_own_step_the_mean(
+    cuts: tuple[int, int], replicas: int, changes: dict[str, object]
+) -> None:
+    """7 columns are cut into 2, 2, 2, 1 over four shards; their states again, into pieces of one and of none."""
+    weight = torch.randn(2, 9, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    split, whole = Lockstep(weight, 3, cuts, replicas, own=True), Lockstep(weight, 3, (1, 1))
+    generator = torch.Generator().manual_seed(8)
+    for grad in gradients((2, 9, 7)):
+        apart = torch.randn(replicas, 2, 9, 7, dtype=torch.float64, generator=generator)  # as large as what they share
+        own = grad + apart - apart.mean(0)
+        split.step(own, hyper(**changes))
+        whole.step(grad, hyper(**changes))
+        for place, replica in split.weights.items():
+            layout = split.layouts[place]
+            expected = whole.whole(whole.weights)[:, slice(*layout.m_range), slice(*layout.n_range)]
+            torch.testing.assert_close(replica, expected, rtol=0, atol=1e-10)
+        torch.testing.assert_close(split.whole(split.errors), whole.whole(whole.errors), rtol=0, atol=1e-10)
+        first = {(i, j - j % replicas): replica for (i, j), replica in split.weights.items() if j % replicas == 0}
+        assert all(torch.equal(first[i, j - j % replicas], replica) for (i, j), replica in split.weights.items())

@@ -88,11 +88,9 @@ def stepped(path: Path, layout: Layout, dtype: torch.dtype, settings: Settings, 
         model = build_real(path, dtype)
         for param in model.parameters():
             nn.init.normal_(param)
-        spread(model, layout)
-        options = dict(settings.options)
-        if layout.sharding == "ddp":
-            options["process_group"] = dist.group.WORLD
-        optimizer = LDAdamW(build_param_groups(model, rank=settings.rank), rank=settings.rank, **options)
+        replicas = spread(model, layout)
+        groups = build_param_groups(model, rank=settings.rank)
+        optimizer = LDAdamW(groups, rank=settings.rank, **settings.options, **replicas)
         for _ in range(2):  # the first finds projectors
             for param in model.parameters():
                 param.grad = torch.full_like(param, 1e-3)
@@ -110,16 +108,20 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 LAYOUTS = ["one", "fsdp2 2", "fsdp2 8", "fsdp2 64", "ddp 8", "hsdp replicate=2,shard=4"]
+OWN = ["ddp 8 lowrank", "hsdp replicate=2,shard=4 lowrank"]
 
 
 def layout_of(text: str) -> Layout:
-    sharding, _, rest = text.partition(" ")
-    return parse_layout(sharding, int(rest) if rest.isdecimal() else None, rest if "=" in rest else None)
+    """From "sharding [ranks or mesh [gradient_sync]]"."""
+    sharding, size, sync = (*text.split(), "", "")[:3]
+    return parse_layout(
+        sharding, int(size) if size.isdecimal() else None, size if "=" in size else None, sync or "full"
+    )
 
 
 @pytest.mark.usefixtures("alone")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("text", LAYOUTS)
+@pytest.mark.parametrize("text", [*LAYOUTS, *OWN])
 def test_memory_is_that_of_the_fullest_rank(text: str, dtype: torch.dtype, config: Path) -> None:
     layout = layout_of(text)
     for options in STORED if dtype == torch.bfloat16 or layout.ranks == 8 else STORED[:1]:
@@ -142,14 +144,14 @@ def test_no_rank_holds_more_than_the_one_that_is_shown(text: str, config: Path) 
 
 
 @pytest.mark.usefixtures("alone")
-@pytest.mark.parametrize("text", ["fsdp2 8", "ddp 8", "hsdp replicate=2,shard=4"])
+@pytest.mark.parametrize("text", ["fsdp2 8", "ddp 8", "hsdp replicate=2,shard=4", *OWN])
 def test_bytes_on_the_wire_are_those_of_a_step(text: str, config: Path) -> None:
-    """On average over the ranks. 64 heads and 200 features are cut evenly; nothing of the vocabulary is projected."""
+    """On average over the ranks. Features are cut evenly, and the vocabulary's 333 rows are not: AdamW's gradients of them are averaged."""
     layout, settings = layout_of(text), Settings(rank=8, options={"communication": "lowrank"})
     with planning(partial(build_model, config), layout, torch.float32) as run:
         planned = sum(row.wire_bytes for row in run.ldadamw(settings)[1])
     sent = [stepped(config, layout, torch.float32, settings, rank)[-1] for rank in range(layout.ranks)]
-    assert math.isclose(planned, sum(sent) / len(sent), rel_tol=1e-3)
+    assert math.isclose(planned, sum(sent) / len(sent), rel_tol=3e-3)
 
 
 def test_gradients_in_the_error_take_no_memory(config: Path) -> None:

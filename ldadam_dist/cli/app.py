@@ -56,6 +56,10 @@ def plan(
             show_default=False,
         ),
     ] = None,
+    gradient_sync: Annotated[
+        str,
+        typer.Option(help="What replicas of ddp and hsdp exchange: full (gradients) or lowrank.", metavar="WHAT"),
+    ] = "full",
     rank: o.Rank = 128,
     rank_pattern: o.RankPattern = "",
     include: o.Include = None,
@@ -100,7 +104,7 @@ def plan(
     from ldadam_dist.cli.report import Plan
     from ldadam_dist.cli.transformers import build_model
 
-    layout = parse_layout(sharding, ranks, mesh)
+    layout = parse_layout(sharding, ranks, mesh, gradient_sync)
     limit = None if gpu_memory is None else o.parse_memory(gpu_memory)
     dtype = o.dtype_of("--param-dtype", param_dtype)
     gradients = dtype if grad_dtype is None else o.dtype_of("--grad-dtype", grad_dtype)

@@ -23,7 +23,6 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -90,15 +89,23 @@ class Run:
         layout: its layout.
         dtype: of the weights to compute with.
         grad_dtype: of gradients as they are kept.
+        replicas: how `LDAdamW` is told of the replicas.
 
     Attributes:
         elements: of the whole model that are trained, and `frozen` those that are not.
     """
 
     def __init__(
-        self, name: str, model: nn.Module, layout: Layout, dtype: torch.dtype, grad_dtype: torch.dtype
+        self,
+        name: str,
+        model: nn.Module,
+        layout: Layout,
+        dtype: torch.dtype,
+        grad_dtype: torch.dtype,
+        replicas: Mapping[str, Any] | None = None,
     ) -> None:
         self.name, self.model, self.layout, self.dtype, self.grad_dtype = name, model, layout, dtype, grad_dtype
+        self._replicas = replicas or {}
         params = list(model.parameters())
         self.elements = sum(param.numel() for param in params if param.requires_grad)
         self.frozen = sum(param.numel() for param in params if not param.requires_grad)
@@ -140,10 +147,7 @@ class Run:
 
     def _optimizer(self, settings: Settings) -> LDAdamW:
         groups = build_param_groups(self.model, rank=settings.rank, **settings.groups)
-        options = dict(settings.options)
-        if self.layout.sharding == "ddp":
-            options["process_group"] = dist.group.WORLD
-        return LDAdamW(groups, rank=settings.rank, **options)
+        return LDAdamW(groups, rank=settings.rank, **settings.options, **self._replicas)
 
     def _without_gradients(self, optimizer: LDAdamW) -> int:
         """Elements here whose gradients are accumulated into the error, and take no memory of their own."""
@@ -197,17 +201,19 @@ class Run:
         FSDP2, ZeRO-3   gathers weights for forward and for backward, and reduces and scatters gradients
         HSDP            besides sums up the gradients of a shard over the replicas, which counts twice
         DDP             sums up gradients
+        gradient_sync   "lowrank": none of these over replicas; the optimizer's bytes have what takes their place
         ZeRO-1, 2       reduces gradients to their ranks, and gathers the new weights
         """
         layout, whole = self.layout, self.elements // self.layout.tp
         gathered, reduced = whole * self.dtype.itemsize, whole * self.grad_dtype.itemsize
         if layout.ranks == layout.tp:
             return 0
+        own_gradients = layout.gradient_sync == "lowrank"
         if layout.sharding == "ddp":
-            return 2 * reduced
+            return 0 if own_gradients else 2 * reduced
         if layout.zero in (1, 2):
             return gathered + reduced
-        over_replicas = 2 * reduced // layout.shard if layout.replicate > 1 else 0
+        over_replicas = 2 * reduced // layout.shard if layout.replicate > 1 and not own_gradients else 0
         return 2 * gathered + reduced + over_replicas
 
     def largest_rank(self, settings: Settings, limit: int) -> int:
@@ -264,8 +270,8 @@ def planning(
     with world_of(layout.ranks):
         model = build(torch.float32 if layout.zero else dtype)
         name = type(model).__name__  # fully_shard gives it another
-        spread(model, layout, getattr(model, "tp_plan", None))
-        yield Run(name, model, layout, dtype, grad_dtype or dtype)
+        replicas = spread(model, layout, getattr(model, "tp_plan", None))
+        yield Run(name, model, layout, dtype, grad_dtype or dtype, replicas)
 
 
 def local_numel(param: torch.Tensor) -> int:

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch.distributed as dist
 from torch import nn
@@ -35,12 +36,14 @@ class Layout:
     Attributes:
         sharding: one of `SHARDINGS`.
         replicate, shard, tp: ranks along each axis of the mesh; those of ZeRO are along "shard".
+        gradient_sync: as in `LDAdamW`.
     """
 
     sharding: str
     replicate: int = 1
     shard: int = 1
     tp: int = 1
+    gradient_sync: str = "full"
 
     @property
     def ranks(self) -> int:
@@ -58,16 +61,19 @@ class Layout:
         axes = {"replicate": self.replicate, "shard": self.shard, "tp": self.tp}
         mesh = ", ".join(f"{axis} {size}" for axis, size in axes.items() if size > 1)
         split = sum(size > 1 for size in axes.values()) > 1
+        if self.gradient_sync == "lowrank":
+            name += ", gradient_sync=lowrank,"
         return f"{name} on {self.ranks} rank{'s' if self.ranks > 1 else ''}" + (f" ({mesh})" if split else "")
 
 
-def parse_layout(sharding: str | None, ranks: int | None, mesh: str | None) -> Layout:
+def parse_layout(sharding: str | None, ranks: int | None, mesh: str | None, gradient_sync: str = "full") -> Layout:
     """The layout that the options ask for.
 
     Args:
         sharding: one of `SHARDINGS`, or None for what follows from the rest.
         ranks: number of ranks, or None.
         mesh: "replicate=4,shard=16", or None.
+        gradient_sync: "full" or "lowrank".
     Raises:
         ValueError: they make none.
     """
@@ -93,7 +99,11 @@ def parse_layout(sharding: str | None, ranks: int | None, mesh: str | None) -> L
         found = mesh or f"{axes[wrong[0]]} ranks"
         expected = f"a mesh of {' and '.join(allowed)} only" if allowed else "a single rank"
         raise ValueError(f"--sharding {sharding} with {found}: expected {expected}.")
-    return Layout(sharding, **axes)
+    if gradient_sync not in ("full", "lowrank"):
+        raise ValueError(f"--gradient-sync {gradient_sync}: expected full or lowrank.")
+    if gradient_sync == "lowrank" and sharding not in ("ddp", "hsdp"):
+        raise ValueError(f"--gradient-sync lowrank with --sharding {sharding}, without replicas: expected ddp or hsdp.")
+    return Layout(sharding, **axes, gradient_sync=gradient_sync)
 
 
 def _parse_mesh(mesh: str | None) -> dict[str, int]:
@@ -124,19 +134,24 @@ def world_of(ranks: int, rank: int = 0) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def spread(model: nn.Module, layout: Layout, tp_plan: dict[str, str] | None = None) -> None:
+def spread(model: nn.Module, layout: Layout, tp_plan: dict[str, str] | None = None) -> dict[str, Any]:
     """Cut a model's parameters as FSDP2, HSDP and tensor parallelism cut them, within `world_of`; others stay whole.
 
     Args:
         model: on the meta device, or on the CPU.
         layout: its mesh.
         tp_plan: style of each module, as `tp_plan` of a Hugging Face model has them.
+    Returns:
+        how `LDAdamW` is told of the replicas.
     Raises:
         ValueError: there is tensor parallelism, and no plan, or a style that is not known here.
     """
     axes = {"replicate": layout.replicate, "shard": layout.shard, "tp": layout.tp}
+    sync = {"gradient_sync": "lowrank"} if layout.gradient_sync == "lowrank" else {}
+    if layout.sharding == "ddp":
+        return {"process_group": dist.group.WORLD, **sync}
     if layout.sharding not in ("fsdp2", "hsdp"):
-        return
+        return {}
     sizes = {axis: size for axis, size in axes.items() if size > 1 or (axis == "shard" and layout.sharding == "hsdp")}
     if not sizes:
         sizes = {"shard": 1}
@@ -145,9 +160,10 @@ def spread(model: nn.Module, layout: Layout, tp_plan: dict[str, str] | None = No
     mesh = init_device_mesh("cpu", tuple(sizes.values()), mesh_dim_names=tuple(f"{axis}_{world}" for axis in sizes))
     if layout.tp > 1:
         _cut_by_plan(model, tp_plan or {}, mesh[f"tp_{world}"] if mesh.ndim > 1 else mesh)
-    data = tuple(f"{axis}_{world}" for axis in sizes if axis != "tp")
+    data = tuple(f"{axis}_{world}" for axis in sizes if axis != "tp" and not (sync and axis == "replicate"))
     if data:
         fully_shard(model, mesh=mesh[data] if len(data) < mesh.ndim else mesh)
+    return {"replicate_mesh": mesh[f"replicate_{world}"], **sync} if sync else {}
 
 
 def _cut_by_plan(model: nn.Module, plan: dict[str, str], mesh: DeviceMesh) -> None:
