@@ -146,7 +146,7 @@ def test_no_rank_holds_more_than_the_one_that_is_shown(text: str, config: Path) 
 @pytest.mark.usefixtures("alone")
 @pytest.mark.parametrize("text", ["fsdp2 8", "ddp 8", "hsdp replicate=2,shard=4", *OWN])
 def test_bytes_on_the_wire_are_those_of_a_step(text: str, config: Path) -> None:
-    """On average over the ranks. Features are cut evenly, and the vocabulary's 333 rows are not: AdamW's gradients of them are averaged."""
+    """On average over the ranks. The vocabulary's 333 rows are cut unevenly, and AdamW's gradients of them averaged."""
     layout, settings = layout_of(text), Settings(rank=8, options={"communication": "lowrank"})
     with planning(partial(build_model, config), layout, torch.float32) as run:
         planned = sum(row.wire_bytes for row in run.ldadamw(settings)[1])
