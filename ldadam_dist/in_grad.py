@@ -74,6 +74,12 @@ class ErrorInGrad(Located):
                 "accumulated into errors that are not scaled. Train in bfloat16 or float32, which need no scaling, or "
                 "build LDAdamW without error_in_grad."
             )
+        if not self.replicas.averaged:
+            raise RuntimeError(
+                "GradScaler found LDAdamW with gradient_sync='lowrank': expected no scaled loss, as each replica would "
+                "decide by its own gradients whether to skip the step. Train in bfloat16 or float32, or with "
+                "gradient_sync='full'."
+            )
         return False
 
     def zero_grad(self, set_to_none: bool = True) -> None:

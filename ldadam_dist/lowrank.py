@@ -189,7 +189,7 @@ def _tell(measured: list[Measured], units: Sequence[Unit], layout: MatrixLayout,
     assert block.measures is not None
     grads = torch.full_like(block.measures[:, :1], torch.nan)
     if block.grad_squares is not None:
-        grads = yield from summed(block.grad_squares[:, None], layout)
+        grads = yield from summed(block.grad_squares[:, None] / layout.sync.count, layout)
     measured += [(u.entry, u.slot, row) for u, row in zip(units, torch.cat([grads, block.measures], -1), strict=True)]
 
 

@@ -55,3 +55,39 @@ def refused() -> None:
 
 def test_what_cannot_work_is_refused() -> None:
     run_ranks(2, refused)
+
+
+def scaled() -> None:
+    param = nn.Parameter(torch.randn(8, 9))
+    optimizer = LDAdamW([param], gradient_sync="lowrank", process_group=dist.group.WORLD, rank=2)
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(param.square().sum()).backward()
+    with pytest.raises(RuntimeError, match="each replica would decide by its own gradients"):
+        scaler.step(optimizer)
+    assert not optimizer.state
+
+
+def test_a_scaled_loss_is_refused() -> None:
+    run_ranks(2, scaled)
+
+
+def shards_of_one_replica() -> None:
+    mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("replicate", "shard"))
+    torch.manual_seed(0)
+    model, other = nn.Linear(8, 9), nn.Linear(8, 9)
+    other.load_state_dict(model.state_dict())
+    fully_shard(model, mesh=mesh["shard"])
+    options: dict[str, Any] = dict(lr=0.1, rank=2)
+    mine = LDAdamW(model.parameters(), gradient_sync="lowrank", replicate_mesh=mesh["replicate"], **options)
+    theirs = LDAdamW(other.parameters(), **options)
+    for _ in range(3):
+        for module, optimizer in ((model, mine), (other, theirs)):
+            module(torch.ones(2, 8)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert mine.own_errors() == {}
+    torch.testing.assert_close(model.weight.full_tensor(), other.weight)
+
+
+def test_a_single_replica_in_shards_is_as_without_replicas() -> None:
+    run_ranks(2, shards_of_one_replica)

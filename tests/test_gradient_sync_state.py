@@ -313,7 +313,13 @@ def test_the_first_projector_of_a_large_matrix_needs_no_gradient_whole() -> None
 def measured() -> None:
     model, optimizer, *place = build("lowrank", metrics_every=1)
     train(model, optimizer, *place, range(3))
+    models.llama_loss(model, models.llama_tokens(3).chunk(place[1])[place[0]]).backward()
+    squares = sum(float(p.grad.square().sum()) for p in model.parameters() if id(p) in optimizer.matrices())
+    everyone: list[Any] = [None] * place[1]
+    dist.all_gather_object(everyone, squares)
+    optimizer.step()
     told = optimizer.metrics()
+    assert math.isclose(told.total["grad_norm"], math.sqrt(sum(everyone) / place[1]), rel_tol=1e-6)
     errors = [e.square().sum((-2, -1)).mean() for e in map(whole, optimizer.own_errors().values())]
     assert math.isclose(told.total["error_norm"], float(sum(errors) ** 0.5), rel_tol=1e-6)
     assert 0 < told.total["captured_energy"] < 1
