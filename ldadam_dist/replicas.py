@@ -85,7 +85,11 @@ class Replicas:
         """
         under_way = []
         waiting = [e for e in entries if e.adapter.sync is not None and e.status != MISSING]
-        for axis, parts in _coalesced([e for e in waiting if id(e.param) not in self.in_backward]):
+        if all(id(entry.param) in self.in_backward for entry in waiting):
+            # All or none: after a backward under no_sync that uses other parameters on other replicas, they might not
+            # agree on each. The mean of what is averaged already is the same.
+            waiting = []
+        for axis, parts in _coalesced(waiting):
             vector = parts[0].grad.contiguous() if len(parts) == 1 else torch.cat([e.grad.reshape(-1) for e in parts])
             reducing = all_reduce(vector.div_(axis.count), axis.group)
             next(reducing)

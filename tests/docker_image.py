@@ -115,7 +115,7 @@ class Image:
         storage = {"--root": folder / "store", "--runroot": folder / "run", "--storage-driver": "vfs"}
         self.buildah = ["buildah", *(word for pair in storage.items() for word in pair)]
         self.hosts = folder / "hosts"
-        self.hosts.write_text("127.0.0.1 localhost\n" + "".join(f"{ip} {name}\n" for name, ip in NODES.items()))
+        self.hosts.write_text("127.0.0.1 localhost alone\n" + "".join(f"{ip} {name}\n" for name, ip in NODES.items()))
 
     def make_base(self) -> None:
         """A Debian without Python."""
@@ -155,7 +155,7 @@ class Image:
         self.config = self.config["Docker"]["config"]
         self.container = call([*self.buildah, "from", "--pull-never", "image"]).strip()
 
-    def inside(self, *command: object, node: str = "node0", options: Sequence[str] = ()) -> list[str]:
+    def inside(self, *command: object, node: str = "alone", options: Sequence[str] = ()) -> list[str]:
         """Run a command in the container, as its user; the entry point is left out, as `buildah run` does."""
         run = [*self.buildah, "run", "--isolation", "chroot", "--hostname", node, "--env", "OMP_NUM_THREADS=1"]
         run += ["--volume", f"{self.hosts}:/etc/hosts:ro", *options, self.container, "--"]
