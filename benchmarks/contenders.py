@@ -7,7 +7,6 @@ import importlib.metadata
 import importlib.util
 import inspect
 import sys
-import types
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -106,8 +105,7 @@ def load_peer(distribution: str, module: str, name: str = "AdamW", whole: bool =
     if spec is None or spec.submodule_search_locations is None:
         return None, f"{distribution}: not installed"
     if package not in sys.modules and not whole:
-        sys.modules[package] = types.ModuleType(package)
-        sys.modules[package].__path__ = list(spec.submodule_search_locations)
+        sys.modules[package] = importlib.util.module_from_spec(spec)
     try:
         peer = getattr(importlib.import_module(module), name)
         return peer, f"{distribution} {importlib.metadata.version(distribution)}"

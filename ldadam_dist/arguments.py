@@ -67,7 +67,7 @@ def checked_interval(check_replicas_every: object, averaged: bool) -> int:
     every = check_replicas_every
     if isinstance(every, bool) or not isinstance(every, Integral) or every < 0 or (every and averaged):
         raise ValueError(
-            f"check_replicas_every={every!r}: expected a number of steps, 0 for never, and gradient_sync='lowrank', "
+            f"check_replicas_every={every!r}: expected a number of steps, 0 for none, and gradient_sync='lowrank', "
             f"where replicas could come apart."
         )
     return int(every)

@@ -68,6 +68,13 @@ class LDAdamW(Inspectable):
             at random, so that small changes add up; from the step and the place alone, so on any mesh alike.
         process_group: group over which plain (not DTensor) parameters are replicas with equal gradients, as under
             DDP: their states are then partitioned over it. Without it each process steps them whole.
+        gradient_sync: "full": gradients have been averaged over replicas before a step, as DDP and HSDP do. "lowrank":
+            nobody has averaged them, and a step exchanges low-rank contractions instead, for the same numbers
+            (docs/sharding.md). The replicas are those of `process_group` or `replicate_mesh`, with an error for each.
+        replicate_mesh: with gradient_sync="lowrank", the dimension of a device mesh over which shards on its other
+            dimensions are replicas; in the place of `process_group`.
+        check_replicas_every: with gradient_sync="lowrank", after how many steps to compare the weights of all replicas,
+            bit by bit, as before the first; 0 for never again.
         communication: how a shared matrix is stepped: "lowrank", on its shards, which exchange low-rank factors;
             "gather", brought to the rank that owns it; "auto", as moves fewer elements. The numbers are the same.
         window_elements: elements of matrices in flight together on a rank; bounds the transient memory of a step.
@@ -206,9 +213,10 @@ class LDAdamW(Inspectable):
         Raises:
             ValueError: a sparse gradient, a parameter on the meta device, or a group whose rank was changed after the
                 first step; nothing has changed then.
-            RuntimeError: ranks have different parameters or settings, found at the first step; a gradient that must
-                be redistributed is missing on some rank; with error_in_grad, an error holds more than gradients; or
-                DeepSpeed has flattened the parameters and no engine is attached; or a graph is captured too early.
+            RuntimeError: ranks have different parameters or settings, or replicas different weights, found at the
+                first step; a gradient that must be redistributed is missing on some rank; with error_in_grad, an error
+                holds more than gradients; or DeepSpeed has flattened the parameters and no engine is attached; or a
+                graph is captured too early.
                 Nothing has changed then either. Or a collective failed, as a rank has stalled or died, which is named
                 with the matrices: the run must start again from its last checkpoint.
         """
@@ -233,6 +241,7 @@ class LDAdamW(Inspectable):
             tensors = tuple(dict.fromkeys(id(entry.param) for entry in entries))
             if tensors not in self._agreed:
                 check_ranks_agree(entries, self._window)
+                check_equal(entries)
                 self._agreed.add(tensors)
             overflowed = self._partitions.overflowed()
             unusable = overflowed or inspect_gradients(entries)

@@ -117,7 +117,10 @@ def test_scaling_with_fake_ranks(tmp_path: Path) -> None:
     rows = {(row["kind"], row["processes"]): row for row in written(scaling, tmp_path, *argv)["rows"]}
     assert rows.keys() == {(kind, number) for kind in scaling.KINDS for number in (2, 8)}
     for kind in scaling.KINDS:
-        assert rows[kind, 8]["states"] < rows[kind, 2]["states"] / 3
+        if kind == "sync":  # where each replica has an error of its own, as large as AdamW's first moment
+            assert rows[kind, 8]["adamw_states"] / 2 < rows[kind, 8]["states"] < rows[kind, 2]["states"]
+        else:
+            assert rows[kind, 8]["states"] < rows[kind, 2]["states"] / 3
         assert rows[kind, 2]["sent"] > 0
         assert rows[kind, 2]["step_ms"] is None
 

@@ -161,5 +161,5 @@ def test_settings_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match=r"of the saved state .* error_feedback=False"):
         alone.load_state_dict(without.state_dict())
     assert alone.param_groups[0]["error_feedback"]
-    with pytest.raises(ValueError, match="without process_group= and error_in_grad"):
+    with pytest.raises(ValueError, match="without process_group=, replicate_mesh= and error_in_grad"):
         optimizer.attach_partitions([])

@@ -220,6 +220,21 @@ def test_a_weight_that_differs_in_one_bit_is_found() -> None:
     run_ranks(2, came_apart)
 
 
+def started_apart() -> None:
+    """As plain modules do whose seeds differ; nobody has broadcast their weights."""
+    model, optimizer, *place = build("lowrank")
+    with torch.no_grad():
+        next(model.parameters()).add_(dist.get_rank())
+    before = weights(model)
+    with pytest.raises(RuntimeError, match="must start with the same weights"):
+        train(model, optimizer, *place, range(1))
+    assert all(torch.equal(a, b) for a, b in zip(before, weights(model), strict=True))
+
+
+def test_replicas_that_start_with_other_weights_are_refused() -> None:
+    run_ranks(2, started_apart)
+
+
 def accumulated_without_sync() -> None:
     """The last backward is under no_sync: DDP has averaged nothing of it, so the optimizer must."""
     module, rank, count = models.tiny_llama(), dist.get_rank(), dist.get_world_size()
