@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
-from ldadam_dist.adapters import MeshAdapter
 from ldadam_dist.buckets import Matrix
 from ldadam_dist.entries import Entry
 from ldadam_dist.fragments import CutMatrix
 from ldadam_dist.layout import MatrixLayout
 from ldadam_dist.quantized import FORMATS, Quantized
 from ldadam_dist.rules import state_shapes, stored_error_dtype, stored_state_dtype
+
+if TYPE_CHECKING:  # it imports DTensor
+    from ldadam_dist.adapters.dtensor import MeshAdapter
 
 PARTS = {"projector": "projector", "exp_avg": "moments", "exp_avg_sq": "moments", "error": "error"}
 """How each state of a matrix is cut; see the adapters' `new_state`."""
@@ -35,11 +37,12 @@ def stored_shapes(entry: Entry) -> dict[str, tuple[int, ...]]:
 
 def check_places(entry: Entry, saved: Mapping[str, Tensor]) -> None:
     """Raise ValueError if what is to be loaded was saved of another process or layout."""
-    if isinstance(entry.adapter, MeshAdapter):
+    if entry.adapter.sharded:
+        adapter = cast("MeshAdapter", entry.adapter)
         side = entry.side if entry.matrices else ""
         for key, state in saved.items():
             part = PARTS.get(key) if entry.matrices else None
-            entry.adapter.check_stored(f"the saved {key!r} of parameter {entry.name}", state, entry.param, part, side)
+            adapter.check_stored(f"the saved {key!r} of parameter {entry.name}", state, entry.param, part, side)
 
 
 def step_device(entry: Entry) -> torch.device:

@@ -15,10 +15,10 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 from torch.utils._pytree import tree_leaves
 
+from ldadam_dist.dtensors import dtensor_type
 from ldadam_dist.tables import format_bytes, table
 
 # Operators of torch by what they do, without leading and trailing underscores.
@@ -142,7 +142,7 @@ class Traffic(TorchDispatchMode):
         # An operation on a tensor subclass may communicate. NotImplemented hands it to the subclass with this mode on,
         # but passes over modes further out: for DTensor, as torch's CommDebugMode does, or if there are none but these.
         types = tuple(t for t in types if t is not Tensor)  # as `view(dtype)` names it
-        if any(issubclass(t, DTensor) for t in types):
+        if any(issubclass(t, dtensor_type()) for t in types):
             return NotImplemented
         if types and all(isinstance(mode, Traffic) for mode in _get_current_dispatch_mode_stack()):
             return NotImplemented

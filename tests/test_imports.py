@@ -29,7 +29,8 @@ ALLOWED = {
     "identity": {"rules"},
     "selection": {"identity", "rules"},
     "param_groups": {"selection", "quantized", "rules", "tables"},
-    "traffic": {"tables"},
+    "dtensors": set(),
+    "traffic": {"dtensors", "tables"},
     "measures": {"layout", "requests", "separate"},
     "step": {"algebra", "requests", "layout", "measures", "separate", "weights"},
     "runtime": {"requests", "layout"},
@@ -37,7 +38,7 @@ ALLOWED = {
     "plan": {"costs", "layout"},
     "buckets": {"layout", "quantized", "rounding", "separate", "step", "weights"},
     "fragments": {"buckets", "requests", "layout"},
-    "adapters": {"layout"},
+    "adapters": {"dtensors", "layout"},
     "entries": {"adapters", "layout", "rules", "runtime"},
     "partitions": {"entries", "adapters", "rules", "runtime"},
     "packing": {"layout", "rules"},
@@ -68,7 +69,7 @@ ALLOWED = {
 }
 COMMUNICATES = {"runtime", "adapters", "traffic", "preflight"}
 READS_CHECKPOINTS = {"convert"}  # with torch.distributed.checkpoint, in one process
-BACKENDS = {"deepspeed", "transformers", "accelerate", "peft", "lightning", "datasets"}
+BACKENDS = {"deepspeed", "transformers", "accelerate", "peft", "lightning", "torchtitan", "datasets"}
 
 
 def module_of(path):

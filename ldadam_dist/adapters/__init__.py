@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
-from ldadam_dist.adapters.dtensor import MeshAdapter
 from ldadam_dist.adapters.flat import FlatAdapter
 from ldadam_dist.adapters.tensor import TensorAdapter
+from ldadam_dist.dtensors import dtensor_type
 
-Adapter = TensorAdapter | MeshAdapter | FlatAdapter
+if TYPE_CHECKING:  # dtensor.py imports DTensor
+    from ldadam_dist.adapters.dtensor import MeshAdapter
+
+Adapter: TypeAlias = "TensorAdapter | MeshAdapter | FlatAdapter"
 
 
 def adapter_for(param: Tensor, process_group: Any | None, name: str, flatten: bool) -> Adapter:
@@ -25,11 +27,14 @@ def adapter_for(param: Tensor, process_group: Any | None, name: str, flatten: bo
     Raises:
         ValueError: a layout that is not supported.
     """
-    if isinstance(param, DTensor):
-        return MeshAdapter.of_dtensor(param, name, flatten)
-    if process_group is not None:
-        return MeshAdapter.of_replicas(param, process_group)
-    return TensorAdapter(param.device)
+    on_mesh = isinstance(param, dtensor_type())
+    if not on_mesh and process_group is None:
+        return TensorAdapter(param.device)
+    from ldadam_dist.adapters.dtensor import MeshAdapter
+
+    if on_mesh:
+        return MeshAdapter.of_dtensor(cast(Any, param), name, flatten)
+    return MeshAdapter.of_replicas(param, process_group)
 
 
-__all__ = ["Adapter", "FlatAdapter", "MeshAdapter", "TensorAdapter", "adapter_for"]
+__all__ = ["Adapter", "FlatAdapter", "TensorAdapter", "adapter_for"]
