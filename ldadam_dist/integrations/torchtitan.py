@@ -45,8 +45,8 @@ class LDAdamWContainer(OptimizersContainer):  # type: ignore[misc]
         """Settings of `build_param_groups` and of `LDAdamW`, by the names and with the defaults that they have there.
 
         `error_in_grad`, `capturable`, `process_group` and `gradient_sync` are not among them. torchtitan clips and
-        averages gradients, and may keep their buffers for CUDA graphs, in which errors would not survive; its learning rates are numbers, which a graph
-        of the step would hold for ever; and its parameters tell their mesh themselves.
+        averages gradients, and may keep their buffers for CUDA graphs, in which errors would not survive; its learning
+        rates are numbers, which a graph of the step would hold for ever; and its parameters tell their mesh themselves.
         """
 
         rank: int = 128
