@@ -41,7 +41,7 @@ from torchtitan.components.dataloader import BaseDataLoader  # noqa: E402
 from torchtitan.components.loss import CrossEntropyLoss  # noqa: E402
 from torchtitan.components.optimizer import LRSchedulersContainer, OptimizersContainer  # noqa: E402
 from torchtitan.components.tokenizer import BaseTokenizer  # noqa: E402
-from torchtitan.config import ParallelismConfig, TrainingConfig  # noqa: E402
+from torchtitan.config import DebugConfig, ParallelismConfig, TrainingConfig  # noqa: E402
 from torchtitan.models.common.attention import ScaledDotProductAttention  # noqa: E402
 from torchtitan.models.llama3 import model_registry  # noqa: E402
 from torchtitan.trainer import Trainer  # noqa: E402
@@ -49,7 +49,7 @@ from torchtitan.trainer import Trainer  # noqa: E402
 from ldadam_dist.integrations.torchtitan import LDAdamWContainer, LDAdamWMetrics  # noqa: E402
 
 VOCABULARY, LENGTH, BATCH, STEPS, SAVE_EVERY, WARMUP = 2048, 16, 8, 6, 3, 2
-SETTINGS: dict[str, Any] = {"rank": 16, "lr": 1e-3, "lr_other": 3e-3, "weight_decay": 0.1, "eps": 1e-5}
+SETTINGS: dict[str, Any] = {"rank": 16, "lr": 1e-3, "lr_other": 3e-3, "weight_decay": 0.1, "eps": 1e-4}
 """With the usual eps Adam magnifies the rounding of gradients that are almost zero to a hundredth of lr."""
 
 
@@ -143,6 +143,7 @@ def config_of(folder: str, ranks_of_data: int, parallelism: dict[str, Any], **op
             disable_cuda_graphs=True,
         ),
         parallelism=ParallelismConfig(**parallelism),
+        debug=DebugConfig(seed=0),
         checkpoint=CheckpointManager.Config(enable=True, interval=SAVE_EVERY, last_save_model_only=False),
         activation_checkpoint=None,
     )
