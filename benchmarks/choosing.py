@@ -22,7 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from benchmarks.common import ROOT, Report
-from launch.runlog import PLOT_FILE, read_log
+from launch.runlog import PLOT_FILE
+from ldadam_dist.curves import read_log
 
 Settings = dict[str, str]
 """Options of launch/pretrain.py."""
