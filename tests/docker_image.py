@@ -157,7 +157,17 @@ class Image:
 
     def inside(self, *command: object, node: str = "alone", options: Sequence[str] = ()) -> list[str]:
         """Run a command in the container, as its user; the entry point is left out, as `buildah run` does."""
-        run = [*self.buildah, "run", "--isolation", "chroot", "--no-hosts", "--hostname", node, "--env", "OMP_NUM_THREADS=1"]
+        run = [
+            *self.buildah,
+            "run",
+            "--isolation",
+            "chroot",
+            "--no-hosts",
+            "--hostname",
+            node,
+            "--env",
+            "OMP_NUM_THREADS=1",
+        ]
         run += ["--volume", f"{self.hosts}:/etc/hosts:ro", *options, self.container, "--"]
         return [str(word) for word in (*run, *command)]
 
