@@ -16,7 +16,7 @@ INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help venv install install-dev pretrain pretrain-deepspeed test test-slow test-torchtitan test-gpu bench-cpu bench-gpu lint format types docs constraints clean
+.PHONY: help venv install install-dev pretrain pretrain-deepspeed test test-slow test-torchtitan test-gpu bench-cpu bench-gpu lint format types docs image constraints clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -124,6 +124,12 @@ types: $(INSTALLED_DEV)  ## mypy, strict on ldadam_dist
 
 docs: $(INSTALLED_DEV)  ## the documentation as a site, in site/; a link that leads nowhere is an error
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
+
+# ENGINE: docker, or what has the same options: podman, buildah.
+ENGINE ?= docker
+image:  ## docker/Dockerfile as the image ldadam-dist; with TORCH_INDEX_URL for CPUs
+	$(ENGINE) build --tag ldadam-dist --file docker/Dockerfile \
+	    $(if $(TORCH_INDEX_URL),--build-arg TORCH_INDEX_URL=$(TORCH_INDEX_URL)) $(ARGS) .
 
 # torch keeps its version: change its line first. It pins its CUDA packages itself, other builds of it pin others, so
 # these are left out.

@@ -2,9 +2,10 @@
 
     sudo python tests/docker_image.py           # --keep keeps the folder with the image, and names it
 
-What is checked: nothing is installed but what constraints.txt pins, and no cache of pip or apt is left; nothing runs as
-root; the entry point's words; the health check; training on one node, and on the two of docker/compose.yaml, which are
-network namespaces here (namespaces.py). pip's settings on this machine are used for the build, TORCH_INDEX_URL too.
+What is checked: nothing is installed but what constraints.txt pins, and no cache, no secret and no file that is not
+meant to be there is left; nothing runs as root; the entry point's words, exit codes and errors; the health check and
+`ldadam-dist doctor`; training on one node, and on the two of docker/compose.yaml, which are network namespaces here
+(namespaces.py). pip's settings on this machine are used for the build, TORCH_INDEX_URL too.
 
 Exit code 0: all as expected; 1: not; 77: not allowed or not installed here, and why. Nothing is left behind.
 """
@@ -19,6 +20,7 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -41,11 +43,25 @@ SUITE, PYTHON = "bookworm", "3.11"
 MIRROR = "http://deb.debian.org/debian"
 APP = "/opt/ldadam_dist"
 NODES = dict(zip(("node0", "node1"), ADDRESSES.values(), strict=True))
+ALONE = "alone"
+"""Host name of a container that is not a node of two."""
 STEPS = 4
 TINY = (
     f"--data README.md --text_unit paragraph --validation_fraction 0.2 --vocab_size 300 --seq_len 32 --rank 4 "
     f"--batch_size 4 --steps {STEPS} --warmup_steps 1 --eval_every 0"
 )
+
+
+def run(words: Sequence[str], limit: float = LIMIT, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        words,
+        cwd=REPOSITORY,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=limit,
+        stdin=subprocess.DEVNULL,
+    )
 
 
 def call(command: Sequence[object], limit: float = LIMIT) -> str:
@@ -55,8 +71,7 @@ def call(command: Sequence[object], limit: float = LIMIT) -> str:
         AssertionError: it failed; with the end of what it printed.
     """
     words = [str(word) for word in command]
-    quiet = dict(cwd=REPOSITORY, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    done = subprocess.run(words, timeout=limit, **quiet)
+    done = run(words, limit=limit)
     said = (done.stdout + done.stderr)[-6000:]
     assert done.returncode == 0, f"`{shlex.join(words)}`: exit code {done.returncode}\n{said}"
     return done.stdout
@@ -77,17 +92,9 @@ def expect_packages(torch_index: Sequence[str]) -> None:
     """Is there an index of packages, and a torch without CUDA, which would be several GB?"""
     with tempfile.TemporaryDirectory() as target:
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--dry-run", "--report", "-", "--no-deps"]
-        command += [
-            "hjson",
-            "torch",
-            "--constraint",
-            "constraints.txt",
-            "--only-binary",
-            ":all:",
-            "--python-version",
-            PYTHON,
-        ]
-        command += ["--target", target, "--ignore-installed", *torch_index]
+        command += ["--constraint", "constraints.txt", "--only-binary", ":all:", "--python-version", PYTHON]
+        # A torch may lie in a folder of this machine; hjson, which DeepSpeed needs, tells whether there is an index.
+        command += ["--target", target, "--ignore-installed", *torch_index, "hjson", "torch"]
         try:
             report = json.loads(call(command, 120))
         except (AssertionError, subprocess.TimeoutExpired) as error:
@@ -102,6 +109,12 @@ def interpolate(text: str, values: dict[str, str]) -> str:
     return re.sub(r"\$\{(\w+):-([^}]*)\}", lambda match: values.get(match[1]) or match[2], text)
 
 
+def launch_scripts() -> dict[str, str]:
+    """The words that the entry point has for scripts of launch/."""
+    text = (REPOSITORY / "docker" / "entrypoint.sh").read_text()
+    return dict(re.findall(r"^ +(\w+)\) exec \"\$repository/(\S+)\" \"\$\{@:2\}\" ;;$", text, re.MULTILINE))
+
+
 class Image:
     """The built image and a container of it, in a folder of their own."""
 
@@ -114,16 +127,16 @@ class Image:
         self.folder = folder
         storage = {"--root": folder / "store", "--runroot": folder / "run", "--storage-driver": "vfs"}
         self.buildah = ["buildah", *(word for pair in storage.items() for word in pair)]
-        self.hosts = folder / "hosts"
-        self.hosts.write_text("127.0.0.1 localhost alone\n" + "".join(f"{ip} {name}\n" for name, ip in NODES.items()))
 
     def make_base(self) -> None:
         """A Debian without Python."""
         root = self.folder / "debian"
-        try:
-            call(["debootstrap", "--variant=minbase", SUITE, root, MIRROR])
+        try:  # what it mounts goes with the namespace, whatever ends it
+            call(["unshare", "--mount", "debootstrap", "--variant=minbase", SUITE, root, MIRROR])
         except (AssertionError, subprocess.TimeoutExpired) as error:
             raise UnavailableError(f"no Debian from {MIRROR}: {str(error).strip().splitlines()[-1]}") from None
+        for package in (root / "var/cache/apt/archives").glob("*.deb"):  # debootstrap's own
+            package.unlink()
         container = call([*self.buildah, "from", "scratch"]).strip()
         call([*self.buildah, "copy", "--quiet", container, root, "/"])
         call([*self.buildah, "commit", "--quiet", "--rm", container, "localhost/debian"])
@@ -153,27 +166,22 @@ class Image:
         call([*command, "."])
         self.config: dict[str, Any] = json.loads(call([*self.buildah, "inspect", "--type", "image", "image"]))
         self.config = self.config["Docker"]["config"]
-        self.container = call([*self.buildah, "from", "--pull-never", "image"]).strip()
+        # Not a volume at /etc/hosts: buildah mounts one of its own there, and which of the two lies on top varies.
+        names = [word for name, address in NODES.items() for word in ("--add-host", f"{name}:{address}")]
+        names += ["--add-host", f"{ALONE}:127.0.0.1"]
+        self.container = call([*self.buildah, "from", "--pull-never", *names, "image"]).strip()
 
-    def inside(self, *command: object, node: str = "alone", options: Sequence[str] = ()) -> list[str]:
+    def inside(self, *command: object, node: str = ALONE, options: Sequence[str] = ()) -> list[str]:
         """Run a command in the container, as its user; the entry point is left out, as `buildah run` does."""
-        run = [
-            *self.buildah,
-            "run",
-            "--isolation",
-            "chroot",
-            "--no-hosts",
-            "--hostname",
-            node,
-            "--env",
-            "OMP_NUM_THREADS=1",
-        ]
-        run += ["--volume", f"{self.hosts}:/etc/hosts:ro", *options, self.container, "--"]
+        run = [*self.buildah, "run", "--isolation", "chroot", "--hostname", node, *options, self.container, "--"]
         return [str(word) for word in (*run, *command)]
 
-    def run(self, *arguments: object, options: Sequence[str] = ()) -> str:
+    def started(self, *arguments: object, options: Sequence[str] = ()) -> list[str]:
         """docker run IMAGE ARGUMENTS"""
-        return call(self.inside(*self.config["Entrypoint"], *arguments, options=options))
+        return self.inside(*self.config["Entrypoint"], *arguments, options=options)
+
+    def run(self, *arguments: object, options: Sequence[str] = ()) -> str:
+        return call(self.started(*arguments, options=options))
 
 
 def check_contents(image: Image) -> None:
@@ -189,34 +197,71 @@ def check_contents(image: Image) -> None:
     installed = dict(line.replace("_", "-").lower().split("==") for line in frozen)
     wrong = {name: version for name, version in installed.items() if version.split("+")[0] != pinned.get(name)}
     assert not wrong, f"not as in constraints.txt: {wrong}"
-    found = ["find", "/root", "/var/lib/apt/lists", "/home", "-type", "f", "-size", "+20k"]
-    left = image.run(*found, options=["--user", "0"])
+    folders = ["/root", "/home", "/tmp", "/var/tmp", "/var/cache/apt", "/var/lib/apt/lists"]
+    left = image.run("find", *folders, "-type", "f", "-size", "+20k", options=["--user", "0"])
     assert left == "", f"caches are left in the image:\n{left}"
+    image.run("test", "!", "-s", "/etc/pip.conf")  # the build's secret
+    meant = "LICENSE README.md configs constraints.txt docker launch ldadam_dist pyproject.toml".split()
+    made = ["ldadam_dist.egg-info", "runs"]
+    assert sorted(image.run("ls", "-A", APP).split()) == sorted([*meant, *made])
 
 
 def check_entry_point(image: Image) -> None:
     assert image.config["User"] == "1000:1000"
     assert image.run("id", "--user").strip() == "1000"
     assert image.run("sh", "-c", f"test -w {APP}/runs && ! test -w {APP}/launch && echo yes").strip() == "yes"
-    assert "launch/torchrun.sh" in image.run(*image.config["Cmd"])
-    assert "launch/accelerate.sh" in image.run("finetune", "--help")
+    assert image.run(*image.config["Cmd"]).startswith("usage: docker run ")
+    for word, script in launch_scripts().items():
+        assert image.run(word, "--help").startswith(f"usage: {script} ")
     trained = image.run("pretrain", "--dry-run", "--lr", "1e-3", "--output_dir", "a b").splitlines()[-1]
     assert trained.endswith(f"{APP}/launch/pretrain.py --lr 1e-3 --output_dir a\\ b"), trained
     unknown = image.run("sh", "-c", "touch ~/.cache/x && echo $USER", options=["--user", "4321:4321"])
-    refused = subprocess.run(image.inside(*image.config["Entrypoint"], "--steps", "3"), capture_output=True, text=True)
-    assert refused.returncode != 0
-    assert "expected pretrain, finetune or a command, found '--steps'" in refused.stderr
     assert unknown.strip() == "4321"
+
+
+def check_errors(image: Image) -> None:
+    """Exit codes come out of the container, and what is wrong gets the errors that it gets outside."""
+    assert run(image.started("bash", "-c", "exit 7")).returncode == 7
+    script = str(REPOSITORY / "docker" / "entrypoint.sh")
+    wrong: list[list[str]] = [
+        ["--steps", "3"],
+        ["pretrain", "--nproc-per-node", "0"],
+        ["pretrain", "--nnodes", "2"],
+        ["pretrain", "--no-preflight", "--nproc-per-node", "1", "--stepz", "3"],
+        ["finetune", "--num-machines", "2"],
+    ]
+    for arguments in wrong:
+        found = run(image.started(*arguments))
+        expected = run(["bash", script, *arguments], PYTHON=sys.executable)
+        complaints = [
+            [line for line in done.stderr.splitlines() if line.startswith(("error: ", "docker/", "launch/"))]
+            for done in (found, expected)
+        ]
+        complaints[1] = [line.replace(socket.gethostname(), ALONE) for line in complaints[1]]
+        assert complaints[0], f"{arguments}: no error, but\n{found.stderr}"
+        assert found.returncode == expected.returncode != 0, f"{arguments}: {found.returncode}, {expected.returncode}"
+        assert complaints[0] == complaints[1], f"{arguments}: {complaints[0]} inside, {complaints[1]} outside"
 
 
 def check_health(image: Image) -> None:
     how, *command = image.config["Healthcheck"]["Test"]
     assert how == "CMD"
     call(image.inside(*command))
+    assert "ldadam-dist is healthy" in image.run("ldadam-dist", "doctor")  # two processes as well
 
 
 def losses(log: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in log.read_text().splitlines()]
+
+
+def exit_codes(running: dict[str, subprocess.Popen[bytes]]) -> dict[str, int | None]:
+    """When all have ended, or one has failed, for which the others would wait."""
+    codes: dict[str, int | None] = dict.fromkeys(running)
+    deadline = time.monotonic() + LIMIT
+    while None in codes.values() and not any(codes.values()) and time.monotonic() < deadline:
+        time.sleep(0.2)
+        codes = {name: process.poll() for name, process in running.items()}
+    return codes
 
 
 def check_training(image: Image, say: Callable[[str], None]) -> None:
@@ -237,21 +282,26 @@ def check_training(image: Image, say: Callable[[str], None]) -> None:
     compose = yaml.safe_load(interpolate((REPOSITORY / "docker" / "compose.yaml").read_text(), {"ARGS": TINY}))
     services = compose["services"]
     assert list(services) == list(NODES)
+    # Each node has its part of the cores, as each of two processes on one has: with more threads sums round otherwise.
+    cores = sorted(os.sched_getaffinity(0))
+    share = max(1, len(cores) // 2)
+    parts = {name: cores[-share * number :][:share] for number, name in enumerate(services, start=1)}
     with network(image.folder) as net:
         running = {}
         for host, (name, service) in zip(net.hosts, services.items(), strict=True):
             assert service["volumes"] == [f"{volume}:{place}" for volume, place in mounted.items()]
             words = [*image.config["Entrypoint"], *shlex.split(service["command"])]
-            command = host.command(*image.inside(*words, node=service["hostname"], options=volumes))
+            pinned = ["taskset", "--cpu-list", ",".join(map(str, parts[name]))]
+            command = host.command(*pinned, *image.inside(*words, node=service["hostname"], options=volumes))
             with (image.folder / f"{name}.log").open("wb") as log:
                 running[name] = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         try:
-            codes = {name: process.wait(LIMIT) for name, process in running.items()}
+            codes = exit_codes(running)
         finally:
             for process in running.values():
                 process.kill()
     output = "\n".join((image.folder / f"{name}.log").read_text(errors="replace")[-3000:] for name in running)
-    assert not any(codes.values()), f"exit codes {codes}\n{output}"
+    assert set(codes.values()) == {0}, f"exit codes {codes}, None: still running\n{output}"
     assert "preflight: all is well" in output, output
     found = losses(image.folder / "runs" / "two-nodes" / "log.jsonl")
     assert found == expected, f"losses {found} on two nodes, {expected} on one"
@@ -276,6 +326,8 @@ def check(folder: Path, say: Callable[[str], None]) -> None:
     check_contents(image)
     check_entry_point(image)
     say("versions, user and entry point are as expected")
+    check_errors(image)
+    say("exit codes and errors are those of outside")
     check_training(image, say)
     check_health(image)
     say("healthy")

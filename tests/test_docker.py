@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -13,6 +14,9 @@ from pathlib import Path
 import docker_image
 import pytest
 import yaml
+from packaging.requirements import Requirement
+
+from launch.config import parse_config
 
 ROOT = Path(__file__).parent.parent
 DOCKER = ROOT / "docker"
@@ -38,14 +42,47 @@ def test_hadolint_finds_nothing() -> None:
 
 
 def test_what_is_copied_is_there_and_reaches_the_builder() -> None:
-    allowed = [line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")]
-    assert (ROOT / ".dockerignore").read_text().splitlines()[1] == "*"  # all else stays out, .git and runs too
+    _comment, first, *lines = (ROOT / ".dockerignore").read_text().splitlines()
+    assert first == "*"  # all stays out, .git, .venv and runs too, but for what is named
+    allowed = [line[1:] for line in lines if line.startswith("!")]
+    assert not {".git", ".venv", "runs"} & {name.split("/")[0] for name in allowed}
     copied = re.findall(r"^COPY (.+)$", (DOCKER / "Dockerfile").read_text(), re.MULTILINE)
     assert copied
     for line in copied:
         for source in shlex.split(line)[:-1]:
             assert (ROOT / source).exists(), source
             assert any(source == name or source.startswith(f"{name}/") for name in allowed), source
+
+
+def test_what_is_installed_is_pinned_and_declared() -> None:
+    lines = (DOCKER / "Dockerfile").read_text().splitlines()
+    pinned = {line.split("==")[0] for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
+    tomllib = pytest.importorskip("tomllib", reason="tomllib comes with Python 3.11")
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    (extras,) = (line.partition("EXTRAS=")[2].split(",") for line in lines if line.startswith("ARG EXTRAS="))
+    for requirement in ("torch", *(one for extra in extras for one in declared[extra])):
+        assert Requirement(requirement).name in pinned
+    (constraints,) = (line for line in lines if line.startswith("ARG PIP_CONSTRAINT="))
+    assert constraints.count("=/opt/ldadam_dist/constraints.txt") == 2  # what builds packages is pinned too
+    (base,) = (line.partition("BASE_IMAGE=")[2] for line in lines if line.startswith("ARG BASE_IMAGE="))
+    for node in services(COMPOSE[0]).values():
+        assert node["build"]["args"]["BASE_IMAGE"] == base  # type: ignore[index]
+
+
+def test_the_health_check_is_a_command_that_is_there() -> None:
+    (check,) = re.findall(r"^HEALTHCHECK .*CMD (.+)$", (DOCKER / "Dockerfile").read_text(), re.MULTILINE)
+    program, *arguments = json.loads(check)
+    assert program == "ldadam-dist"
+    assert entry_point(sys.executable, "-m", "ldadam_dist", *arguments, "--help").returncode == 0
+
+
+def test_the_words_of_the_entry_point_are_scripts_of_launch() -> None:
+    scripts = docker_image.launch_scripts()
+    assert list(scripts) == ["pretrain", "finetune"]
+    usage = entry_point("--help").stdout
+    for word, script in scripts.items():
+        assert f"{word} ...   {script} ..." in usage
+        assert entry_point(word, "--help").stdout.startswith(f"usage: {script} ")
 
 
 @pytest.mark.parametrize("arguments", [[], ["--steps", "3"]], ids=str)
@@ -64,18 +101,20 @@ def test_the_entry_point_passes_arguments_and_exit_codes_on() -> None:
 
 
 def test_two_nodes_are_told_the_same_and_meet_at_the_first() -> None:
-    nodes = services(COMPOSE[0], ARGS="--steps 3")
+    nodes = services(COMPOSE[0], ARGS="--steps 300")
     assert list(nodes) == ["node0", "node1"]
     assert nodes["node0"] | {"hostname": ""} == nodes["node1"] | {"hostname": ""}
     for name, node in nodes.items():
         assert node["hostname"] == name
     command = str(nodes["node0"]["command"])
     assert "--rdzv-endpoint node0:29500" in command
-    assert command.endswith("--steps 3")
+    assert command.endswith("--steps 300")
     here = command.replace("pretrain ", "pretrain --dry-run ", 1).replace("node0:", "127.0.0.1:")
     done = entry_point(*shlex.split(here))
     assert done.returncode == 0, done.stderr
-    assert "--nnodes 2" in done.stdout.replace("=", " ")
+    launcher, _, training = done.stdout.splitlines()[-1].partition("launch/pretrain.py ")
+    assert "--nnodes=2" in launcher
+    assert parse_config(shlex.split(training)).run.steps == 300
 
 
 def test_each_node_has_a_gpu_of_its_own() -> None:
