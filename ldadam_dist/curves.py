@@ -79,9 +79,7 @@ def draw(runs: Runs, path: Path) -> None:
         raise ValueError("drawing needs matplotlib: pip install 'ldadam-dist[cli]'") from error
     timed = any("elapsed_seconds" in record for records in runs.values() for record in records)
     measured = {
-        key: title
-        for key, title in _MEASURED.items()
-        if any(points(records, key)[1] for records in runs.values())
+        key: title for key, title in _MEASURED.items() if any(points(records, key)[1] for records in runs.values())
     }
     number = 1 + timed + len(measured)
     columns = min(number, 2)
@@ -133,7 +131,8 @@ def _page(figure: Any, runs: Runs) -> str:
     return (
         f'<!doctype html>\n<html lang="en">\n<head><meta charset="utf-8"><title>{title}</title>\n'
         "<style>body{font-family:sans-serif;max-width:75em;margin:auto;padding:1em}svg{width:100%;height:auto}"
-        "td,th{padding:.2em 1em;text-align:right}td:first-child,th:first-child{text-align:left}</style></head>\n<body>\n"
+        "td,th{padding:.2em 1em;text-align:right}td:first-child,th:first-child{text-align:left}</style></head>\n"
+        "<body>\n"
         "<table><tr><th>run</th><th>steps</th><th>tokens</th><th>seconds</th><th>validation loss</th></tr>\n"
         + "\n".join(rows)
         + f"\n</table>\n{svg[svg.index('<svg') :]}\n</body>\n</html>\n"

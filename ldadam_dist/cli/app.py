@@ -76,9 +76,7 @@ def plan(
     communication: Annotated[
         str, typer.Option(help="How matrices are stepped: auto, lowrank or gather.", metavar="HOW")
     ] = "auto",
-    window_elements: Annotated[
-        int, typer.Option(help="Elements of matrices in flight together.", metavar="N")
-    ] = 2**25,
+    window_elements: Annotated[int, typer.Option(help="Elements of matrices in flight together.", metavar="N")] = 2**25,
     gpu_memory: Annotated[
         str | None,
         typer.Option(
@@ -90,7 +88,7 @@ def plan(
     """Memory and traffic of a run, before it is started: LDAdamW next to AdamW, 8-bit Adam and Muon.
 
     Reads a model's configuration and shards the model, without weights, as the run would. It needs no GPU, and
-    downloads nothing. The weights of the fullest rank, its gradients, states and error are counted; activations are not.
+    downloads nothing. Weights, gradients, states and error of the fullest rank are counted; activations are not.
 
     \b
     ldadam-dist plan configs/models/llama_7b.json --ranks 8 --rank 512 --gpu-memory 80GiB
@@ -162,9 +160,9 @@ def plot(
     runs: Annotated[
         list[Path], typer.Argument(metavar="RUN...", help="Folders of runs, or their log.jsonl.", show_default=False)
     ],
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="The picture, .png or .html.", metavar="FILE")
-    ] = Path("curves.png"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="The picture, .png or .html.", metavar="FILE")] = Path(
+        "curves.png"
+    ),
 ) -> None:
     """Curves of runs of launch/pretrain.py: loss by tokens and by time, and what --metrics_every has measured.
 

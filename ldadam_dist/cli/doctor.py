@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ldadam_dist import __version__
+from ldadam_dist._version import __version__
 from ldadam_dist.optimizer import LDAdamW
 from ldadam_dist.param_groups import build_param_groups
 
@@ -28,7 +28,7 @@ Check = tuple[str, Callable[[], str]]
 """Its name, and what says what was found; it raises if that is not sound."""
 
 
-class Unsound(Exception):
+class UnsoundError(Exception):
     """What was found, what was expected, and what to do."""
 
 
@@ -47,7 +47,7 @@ def examine(say: Callable[[str], Any], *, quick: bool = False, timeout: float = 
             found = check()
             mark = "ok  "
         except Exception as error:  # whatever an installation that is not sound brings forth
-            found = " ".join(f"{'' if isinstance(error, Unsound) else f'{type(error).__name__}: '}{error}".split())
+            found = " ".join(f"{'' if isinstance(error, UnsoundError) else f'{type(error).__name__}: '}{error}".split())
             mark, sound = "FAIL", False
         say(f"{mark}  {name}: {found} ({time.perf_counter() - start:.1f} s)")
     say("ldadam-dist is healthy" if sound else "ldadam-dist is not healthy")
@@ -71,8 +71,6 @@ def _devices() -> list[torch.device]:
 
 
 def _python() -> str:
-    if sys.version_info < (3, 10):
-        raise Unsound(f"{platform.python_version()}: expected 3.10 or later. Install a newer Python.")
     return f"{platform.python_version()}, ldadam-dist {__version__}"
 
 
@@ -80,7 +78,7 @@ def _torch() -> str:
     found = str(torch.__version__)
     release = tuple(int(part) for part in found.split("+")[0].split(".")[:2])
     if release < (2, 7):
-        raise Unsound(f"{found}: expected 2.7 or later. pip install 'torch>=2.7'")
+        raise UnsoundError(f"{found}: expected 2.7 or later. pip install 'torch>=2.7'")
     if not torch.cuda.is_available():
         return f"{found}, no CUDA device" + ("" if torch.version.cuda else " (built without CUDA)")
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
@@ -89,12 +87,12 @@ def _torch() -> str:
 
 def _backends() -> str:
     if not dist.is_available():
-        raise Unsound("torch.distributed is not there: expected a build of torch that has it.")
+        raise UnsoundError("torch.distributed is not there: expected a build of torch that has it.")
     there = {"gloo": dist.is_gloo_available(), "nccl": dist.is_nccl_available(), "mpi": dist.is_mpi_available()}
     if not there["gloo"]:
-        raise Unsound("torch has no gloo: expected a build that has it.")
+        raise UnsoundError("torch has no gloo: expected a build that has it.")
     if torch.cuda.is_available() and not there["nccl"]:
-        raise Unsound("there is a CUDA device, and torch has no nccl: expected a build that has it.")
+        raise UnsoundError("there is a CUDA device, and torch has no nccl: expected a build that has it.")
     return ", ".join(name for name, found in there.items() if found)
 
 
@@ -134,15 +132,15 @@ def _steps_on(device: torch.device) -> str:
     optimizer = _train(model, device, torch.float32)
     for (name, param), old in zip(model.named_parameters(), before, strict=True):
         if not bool(param.isfinite().all()):
-            raise Unsound(f"{name} is not finite after {STEPS} steps: expected finite weights.")
+            raise UnsoundError(f"{name} is not finite after {STEPS} steps: expected finite weights.")
         if torch.equal(param.detach(), old):
-            raise Unsound(f"{name} has not moved in {STEPS} steps: expected it to.")
+            raise UnsoundError(f"{name} has not moved in {STEPS} steps: expected it to.")
     projectors = [state["projector"] for state in optimizer.state.values() if "projector" in state]
     if len(projectors) != 2:
-        raise Unsound(f"{len(projectors)} projectors: expected 2.")
+        raise UnsoundError(f"{len(projectors)} projectors: expected 2.")
     off = max(float((_gram(u) - torch.eye(4, device=device)).abs().max()) for u in projectors)
     if not off < 1e-4:
-        raise Unsound(f"a projector is {off:.0e} from orthonormal: expected 1e-4 at most.")
+        raise UnsoundError(f"a projector is {off:.0e} from orthonormal: expected 1e-4 at most.")
     return f"weights finite and moved, projectors orthonormal to {off:.0e}"
 
 
@@ -170,16 +168,18 @@ def _two_processes(timeout: float) -> str:
                 rank.kill()
                 rank.join()
         if late:
-            raise Unsound(f"rank {late[0]} of 2 was not done within {timeout:.0f} s: raise --timeout, or look at gloo.")
+            raise UnsoundError(
+                f"rank {late[0]} of 2 was not done within {timeout:.0f} s: raise --timeout, or look at gloo."
+            )
         for number, rank in enumerate(ranks):
             if rank.exitcode:
                 said = Path(folder, f"error{number}")
                 why = said.read_text(encoding="utf-8") if said.exists() else f"exit code {rank.exitcode}"
-                raise Unsound(f"rank {number} of 2 failed: {why}")
+                raise UnsoundError(f"rank {number} of 2 failed: {why}")
         found: dict[str, Tensor] = torch.load(Path(folder, "weights.pt"), weights_only=True)
     off = max(float((found[name] - param.detach()).abs().max()) for name, param in model.named_parameters())
     if not off < 1e-10:
-        raise Unsound(f"weights of two processes are {off:.0e} from those of one: expected 1e-10 at most.")
+        raise UnsoundError(f"weights of two processes are {off:.0e} from those of one: expected 1e-10 at most.")
     return f"FSDP2 weights equal one process to {off:.0e}"
 
 
@@ -196,8 +196,10 @@ def _on_a_rank(rank: int, folder: str, timeout: float) -> None:
     try:
         torch.set_num_threads(1)
         choose_interface()
-        store = dist.FileStore(f"{folder}/store", 2)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=timeout))
+        meeting = Path(folder, "store").as_uri()
+        dist.init_process_group(
+            "gloo", init_method=meeting, rank=rank, world_size=2, timeout=timedelta(seconds=timeout)
+        )
         cpu = torch.device("cpu")
         model = _model(cpu, torch.float64)
         fully_shard(model, mesh=init_device_mesh("cpu", (2,)))

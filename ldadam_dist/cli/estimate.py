@@ -15,6 +15,7 @@ has one flat tensor, 8-bit Adam and Muon one for each kind of parameter, and LDA
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,14 +23,13 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor
 
-from ldadam_dist.cli.layouts import Layout, spread, world_of
+from ldadam_dist.cli.layouts import Layout, local_numel, spread, world_of
 from ldadam_dist.cli.zero import partition_elements, partitions_of, state_bytes
 from ldadam_dist.optimizer import LDAdamW
 from ldadam_dist.param_groups import build_param_groups
+from ldadam_dist.partitions import FlatPartition
 from ldadam_dist.placement import Placement
 from ldadam_dist.rules import DEFAULT_RANK
 from ldadam_dist.selection import decide
@@ -89,15 +89,23 @@ class Run:
         layout: its layout.
         dtype: of the weights to compute with.
         grad_dtype: of gradients as they are kept.
+        everyone: the process group of all ranks.
 
     Attributes:
         elements: of the whole model that are trained, and `frozen` those that are not.
     """
 
     def __init__(
-        self, name: str, model: nn.Module, layout: Layout, dtype: torch.dtype, grad_dtype: torch.dtype
+        self,
+        name: str,
+        model: nn.Module,
+        layout: Layout,
+        dtype: torch.dtype,
+        grad_dtype: torch.dtype,
+        everyone: Any,
     ) -> None:
         self.name, self.model, self.layout, self.dtype, self.grad_dtype = name, model, layout, dtype, grad_dtype
+        self._everyone = everyone
         params = list(model.parameters())
         self.elements = sum(param.numel() for param in params if param.requires_grad)
         self.frozen = sum(param.numel() for param in params if not param.requires_grad)
@@ -121,9 +129,8 @@ class Run:
         """
         optimizer, fullest = self._optimizer(settings), 0
         if self.layout.zero:
-            partitions = partitions_of(optimizer, self.layout.zero, 0, self.layout.ranks)
-            fullest = int(state_bytes(optimizer, partitions).argmax())
-            optimizer.attach_partitions(partitions_of(optimizer, self.layout.zero, fullest, self.layout.ranks))
+            fullest = int(self._state_bytes(optimizer).argmax())
+            optimizer.attach_partitions(self._partitions(optimizer, fullest))
         placed = optimizer.placement()
         error = sum(row.error_bytes for row in placed)
         states = sum(row.state_bytes for row in placed) - error
@@ -133,16 +140,21 @@ class Run:
         """Bytes of the fullest rank with LDAdamW; sooner than by `ldadamw`."""
         if not self.layout.zero:
             return self.ldadamw(settings)[0].total
-        optimizer = self._optimizer(settings)
-        partitions = partitions_of(optimizer, self.layout.zero, 0, self.layout.ranks)
-        return self._memory(int(state_bytes(optimizer, partitions).max())).total
+        return self._memory(int(self._state_bytes(self._optimizer(settings)).max())).total
 
     def _optimizer(self, settings: Settings) -> LDAdamW:
         groups = build_param_groups(self.model, rank=settings.rank, **settings.groups)
         options = dict(settings.options)
         if self.layout.sharding == "ddp":
-            options["process_group"] = dist.group.WORLD
+            options["process_group"] = self._everyone
         return LDAdamW(groups, rank=settings.rank, **options)
+
+    def _partitions(self, optimizer: LDAdamW, rank: int) -> list[FlatPartition]:
+        return partitions_of(optimizer, self.layout.zero, rank, self.layout.ranks, self._everyone)
+
+    def _state_bytes(self, optimizer: LDAdamW) -> torch.Tensor:
+        """Of each rank under ZeRO, (ranks,)."""
+        return state_bytes(optimizer, self._partitions(optimizer, 0), self.layout.ranks)
 
     def _without_gradients(self, optimizer: LDAdamW) -> int:
         """Elements here whose gradients are accumulated into the error, and take no memory of their own."""
@@ -179,9 +191,7 @@ class Run:
 
     def _eight_bit(self, kind: str) -> int:
         held = [self._padded(kind)] if self.layout.zero else self._kinds[kind]
-        return sum(
-            2 * (numel + 4 * -(-numel // BLOCK_8BIT)) if numel >= SMALLEST_8BIT else 8 * numel for numel in held
-        )
+        return sum(2 * (numel + 4 * -(-numel // BLOCK_8BIT)) if numel >= SMALLEST_8BIT else 8 * numel for numel in held)
 
     def _memory(self, states: int, error: int = 0, without_gradients: int = 0) -> Memory:
         numels = [numel for kind in self._kinds.values() for numel in kind]
@@ -225,7 +235,7 @@ class Run:
         def fits(rank: int) -> bool:
             return self.total(Settings(rank, settings.groups, settings.options)) <= limit
 
-        for first, end in reversed(list(zip(edges, edges[1:], strict=False))):
+        for first, end in reversed(list(itertools.pairwise(edges))):
             if fits(first):
                 return _last(fits, first, end)
         return 0
@@ -262,16 +272,11 @@ def planning(
     """
     if layout.zero and dtype == torch.float64:
         raise ValueError("weights in float64 under ZeRO, whose master weights are float32: expected a narrower dtype.")
-    with world_of(layout.ranks):
+    with world_of(layout.ranks) as everyone:
         model = build(torch.float32 if layout.zero else dtype)
         name = type(model).__name__  # fully_shard gives it another
         spread(model, layout, getattr(model, "tp_plan", None))
-        yield Run(name, model, layout, dtype, grad_dtype or dtype)
-
-
-def local_numel(param: torch.Tensor) -> int:
-    """Elements of a parameter on this rank."""
-    return param.to_local().numel() if isinstance(param, DTensor) else param.numel()
+        yield Run(name, model, layout, dtype, grad_dtype or dtype, everyone)
 
 
 def wire_bytes(placed: Iterable[Any]) -> int:

@@ -12,13 +12,13 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
-import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
 SHARDINGS = ("one", "ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3")
 
@@ -108,8 +108,8 @@ def _parse_mesh(mesh: str | None) -> dict[str, int]:
 
 
 @contextmanager
-def world_of(ranks: int, rank: int = 0) -> Iterator[None]:
-    """Within it this process is one rank of a world in which nobody else exists.
+def world_of(ranks: int, rank: int = 0) -> Iterator[Any]:
+    """Within it this process is one rank of a world in which nobody else exists; gives the process group of all.
 
     Raises:
         RuntimeError: the process is a rank of a real world.
@@ -120,7 +120,7 @@ def world_of(ranks: int, rank: int = 0) -> Iterator[None]:
         raise RuntimeError("this process is a rank of a process group already: expected one that is of none.")
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
     try:
-        yield
+        yield dist.group.WORLD
     finally:
         dist.destroy_process_group()
 
@@ -143,12 +143,17 @@ def spread(model: nn.Module, layout: Layout, tp_plan: dict[str, str] | None = No
         sizes = {"shard": 1}
     # Own names for each, as DTensor remembers equal meshes, with the groups of a world that is gone.
     world = next(_world)
-    mesh = init_device_mesh("cpu", tuple(sizes.values()), mesh_dim_names=[f"{axis}_{world}" for axis in sizes])
+    mesh = init_device_mesh("cpu", tuple(sizes.values()), mesh_dim_names=tuple(f"{axis}_{world}" for axis in sizes))
     if layout.tp > 1:
         _cut_by_plan(model, tp_plan or {}, mesh[f"tp_{world}"] if mesh.ndim > 1 else mesh)
     data = tuple(f"{axis}_{world}" for axis in sizes if axis != "tp")
     if data:
         fully_shard(model, mesh=mesh[data] if len(data) < mesh.ndim else mesh)
+
+
+def local_numel(param: Tensor) -> int:
+    """Elements of a parameter on this rank."""
+    return param.to_local().numel() if isinstance(param, DTensor) else param.numel()
 
 
 def _cut_by_plan(model: nn.Module, plan: dict[str, str], mesh: DeviceMesh) -> None:

@@ -14,17 +14,21 @@ from ldadam_dist.rules import dtype_name
 from ldadam_dist.tables import format_bytes, table
 
 NOT_COUNTED = (
-    "Not counted: activations, layers that are gathered for the computation, buffers of collectives, and the step's own "
-    "window (LDAdamW's window_elements)."
+    "Not counted: activations, layers that are gathered for the computation, buffers of collectives, and the step's "
+    "own window (LDAdamW's window_elements)."
 )
 
 _ADAMW = "AdamW: two moments in the dtype of the {master}weights."
 _EIGHT_BIT = (
-    "8-bit Adam: two moments of one byte with a float32 scale per 256 elements; float32 for embeddings, and for tensors "
-    "of less than 4096 elements."
+    "8-bit Adam: two moments of one byte with a float32 scale per 256 elements; float32 for embeddings, and for "
+    "tensors of less than 4096 elements."
 )
-_MUON = "Muon: one momentum in the dtype of the {master}weights for matrices; AdamW for embeddings, head, norms, biases."
-_ZERO = "Master weights and partitions are DeepSpeed's; its copy of a group's gradients in float32 at the step is not in."
+_MUON = (
+    "Muon: one momentum in the dtype of the {master}weights for matrices; AdamW for embeddings, head, norms, biases."
+)
+_ZERO = (
+    "Master weights and partitions are DeepSpeed's; its copy of a group's gradients in float32 at the step is not in."
+)
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,9 @@ class Plan:
         """
         own, placed, fullest = run.ldadamw(settings)
         memory = {"LDAdamW": own, **run.others()}
-        stored = {key: settings.options.get(key) for key in ("error_feedback", "error_dtype", "state_dtype")}
+        stored: dict[str, Any] = {
+            key: settings.options.get(key) for key in ("error_feedback", "error_dtype", "state_dtype")
+        }
         described = describe(run.model, rank=settings.rank, **settings.groups, **stored)
         largest = None if limit is None else run.largest_rank(settings, limit)
         return cls(run, settings, memory, placed, fullest, described, limit, largest)
@@ -120,7 +126,12 @@ class Plan:
     def _said(self) -> str:
         """Options that are not as usual."""
         said = {**self.settings.groups, **self.settings.options}
-        usual = {"error_feedback": True, "proj_type": "std", "communication": "auto", "window_elements": WINDOW_ELEMENTS}
+        usual = {
+            "error_feedback": True,
+            "proj_type": "std",
+            "communication": "auto",
+            "window_elements": WINDOW_ELEMENTS,
+        }
         return "".join(f", {key}={value}" for key, value in said.items() if value and value != usual.get(key)) + (
             "" if said.get("error_feedback", True) else ", error_feedback=False"
         )
