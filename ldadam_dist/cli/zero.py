@@ -32,6 +32,20 @@ def partition_elements(numels: Sequence[int], stage: int, ranks: int) -> int:
     return -(-sum(numels) // (ALIGNED_TO * ranks)) * ALIGNED_TO
 
 
+def elements_in_partition(numels: Sequence[int], ranks: int) -> Tensor:
+    """Elements of the parameters of which each rank has any at stages 1 and 2, (ranks,), these parameters as a whole.
+
+    Args:
+        numels: elements of each parameter of a group.
+        ranks: number of ranks.
+    """
+    sizes = torch.tensor(numels, dtype=torch.int64)
+    ends = sizes.cumsum(0)[:, None]
+    bounds = torch.arange(ranks + 1) * partition_elements(numels, 1, ranks)
+    here = (ends > bounds[:-1]) & (ends - sizes[:, None] < bounds[1:]) & (sizes[:, None] > 0)
+    return (here * sizes[:, None]).sum(0)
+
+
 def partitions_of(optimizer: LDAdamW, stage: int, rank: int, ranks: int, group: Any) -> list[FlatPartition]:
     """One flat tensor on the meta device for each group of an optimizer, as `attach_partitions` wants them.
 
