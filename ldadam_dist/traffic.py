@@ -143,7 +143,8 @@ class Traffic(TorchDispatchMode):
     ) -> Any:
         # An operation on a tensor subclass may communicate. NotImplemented hands it to the subclass with this mode on,
         # but passes over modes further out: for DTensor, as torch's CommDebugMode does, or if there are none but these.
-        types = tuple(t for t in types if t is not Tensor)  # as `view(dtype)` names it
+        # Tensor, which `view(dtype)` names, and Parameter, which `.data` does, have nobody to hand it to.
+        types = tuple(t for t in types if cast(Any, t).__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl)
         dtensor = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ())  # there is none if nobody has one
         if any(issubclass(t, dtensor) for t in types):
             return NotImplemented

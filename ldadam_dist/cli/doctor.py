@@ -196,8 +196,10 @@ def _on_a_rank(rank: int, folder: str, timeout: float) -> None:
     try:
         torch.set_num_threads(1)
         choose_interface()
-        store = torch._C._distributed_c10d.FileStore(f"{folder}/store", 2)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=timeout))
+        meeting = Path(folder, "store").as_uri()
+        dist.init_process_group(
+            "gloo", init_method=meeting, rank=rank, world_size=2, timeout=timedelta(seconds=timeout)
+        )
         cpu = torch.device("cpu")
         model = _model(cpu, torch.float64)
         fully_shard(model, mesh=init_device_mesh("cpu", (2,)))

@@ -8,9 +8,10 @@ optimizers' follow from the elements on the rank.
                  than 4096 elements, in float32, as bitsandbytes has them
     Muon         one momentum in the weights' dtype for the matrices that could be projected, AdamW for the rest
 
-Under ZeRO weights are whole (stages 1 and 2) or partitioned (3), gradients whole (1) or partitioned; each rank has a
-partition of float32 master weights, and moments are float32 where weights are. Partitions have ZeRO's padding; AdamW
-has one flat tensor, 8-bit Adam and Muon one for each kind of parameter, and LDAdamW one for each of its groups.
+Under ZeRO weights are whole (stages 1 and 2) or partitioned (3), gradients whole (1), those of all parameters of which
+a rank has elements (2) or partitioned (3); each rank has a partition of float32 master weights, and moments are float32
+as these are. Partitions have ZeRO's padding; AdamW has one flat tensor, 8-bit Adam and Muon one for each kind of
+parameter, and LDAdamW one for each of its groups.
 """
 
 from __future__ import annotations
@@ -19,23 +20,26 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
-from ldadam_dist.cli.layouts import Layout, spread, world_of
-from ldadam_dist.cli.zero import partition_elements, partitions_of, state_bytes
+from ldadam_dist.cli.layouts import Layout, local_numel, spread, world_of
+from ldadam_dist.cli.zero import elements_in_partition, partition_elements, partitions_of, state_bytes
 from ldadam_dist.optimizer import LDAdamW
 from ldadam_dist.param_groups import build_param_groups
+from ldadam_dist.partitions import FlatPartition
 from ldadam_dist.placement import Placement
 from ldadam_dist.rules import DEFAULT_RANK
 from ldadam_dist.selection import decide
 
 BLOCK_8BIT = 256
 SMALLEST_8BIT = 4096
+
+Groups = Sequence[Sequence[int]]
+"""For each group of an optimizer the elements that this rank has of each parameter; under ZeRO all there are."""
 
 
 @dataclass(frozen=True)
@@ -55,11 +59,11 @@ class Settings:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank between backward and step; activations and buffers are not among them.
+    """Bytes of one rank at the end of backward; activations and buffers are not among them.
 
     Attributes:
         weights, masters: those to compute with, and ZeRO's float32 ones.
-        gradients: as they are kept until the step.
+        gradients: as micro-batches are accumulated.
         states: of the optimizer, without error.
         error: LDAdamW's.
     """
@@ -89,6 +93,7 @@ class Run:
         layout: its layout.
         dtype: of the weights to compute with.
         grad_dtype: of gradients as they are kept.
+        everyone: the process group of all ranks.
         replicas: how `LDAdamW` is told of the replicas.
 
     Attributes:
@@ -102,10 +107,11 @@ class Run:
         layout: Layout,
         dtype: torch.dtype,
         grad_dtype: torch.dtype,
+        everyone: Any,
         replicas: Mapping[str, Any] | None = None,
     ) -> None:
         self.name, self.model, self.layout, self.dtype, self.grad_dtype = name, model, layout, dtype, grad_dtype
-        self._replicas = replicas or {}
+        self._everyone, self._replicas = everyone, replicas or {}
         params = list(model.parameters())
         self.elements = sum(param.numel() for param in params if param.requires_grad)
         self.frozen = sum(param.numel() for param in params if not param.requires_grad)
@@ -129,25 +135,35 @@ class Run:
         """
         optimizer, fullest = self._optimizer(settings), 0
         if self.layout.zero:
-            partitions = partitions_of(optimizer, self.layout.zero, 0, self.layout.ranks)
-            fullest = int(state_bytes(optimizer, partitions).argmax())
-            optimizer.attach_partitions(partitions_of(optimizer, self.layout.zero, fullest, self.layout.ranks))
+            fullest = int(self._uneven_bytes(optimizer).argmax())
+            optimizer.attach_partitions(self._partitions(optimizer, fullest))
         placed = optimizer.placement()
         error = sum(row.error_bytes for row in placed)
         states = sum(row.state_bytes for row in placed) - error
-        return self._memory(states, error, self._without_gradients(optimizer)), placed, fullest
+        memory = self._memory(_groups(optimizer), states, error, fullest)
+        spared = self.grad_dtype.itemsize * self._without_gradients(optimizer)
+        return replace(memory, gradients=memory.gradients - spared), placed, fullest
 
     def total(self, settings: Settings) -> int:
         """Bytes of the fullest rank with LDAdamW; sooner than by `ldadamw`."""
         if not self.layout.zero:
             return self.ldadamw(settings)[0].total
         optimizer = self._optimizer(settings)
-        partitions = partitions_of(optimizer, self.layout.zero, 0, self.layout.ranks)
-        return self._memory(int(state_bytes(optimizer, partitions).max())).total
+        groups, uneven = _groups(optimizer), self._uneven_bytes(optimizer)
+        even = self._memory(groups, 0)
+        return even.total - even.gradients + int(uneven.max())
 
     def _optimizer(self, settings: Settings) -> LDAdamW:
         groups = build_param_groups(self.model, rank=settings.rank, **settings.groups)
         return LDAdamW(groups, rank=settings.rank, **settings.options, **self._replicas)
+
+    def _partitions(self, optimizer: LDAdamW, rank: int) -> list[FlatPartition]:
+        return partitions_of(optimizer, self.layout.zero, rank, self.layout.ranks, self._everyone)
+
+    def _uneven_bytes(self, optimizer: LDAdamW) -> torch.Tensor:
+        """Of each rank under ZeRO, (ranks,): what not all have alike, states and gradients."""
+        states = state_bytes(optimizer, self._partitions(optimizer, 0), self.layout.ranks)
+        return states + self.grad_dtype.itemsize * self._gradients(_groups(optimizer))
 
     def _without_gradients(self, optimizer: LDAdamW) -> int:
         """Elements here whose gradients are accumulated into the error, and take no memory of their own."""
@@ -164,35 +180,43 @@ class Run:
     def others(self) -> dict[str, Memory]:
         """Memory of the optimizers that LDAdamW is compared with, on the fullest rank, by name."""
         item = 4 if self.layout.zero else self.dtype.itemsize
-        everything = [numel for kind in self._kinds.values() for numel in kind]
-        eight_bit = 8 * self._padded("embeddings") + self._eight_bit("matrices") + self._eight_bit("rest")
-        muon = self._padded("matrices") + 2 * (self._padded("embeddings") + self._padded("rest"))
+        kinds = list(self._kinds.values())
+        everything = [[numel for kind in kinds for numel in kind]]
+        matrices, embeddings, rest = (self._held([self._kinds[kind]]) for kind in ("matrices", "embeddings", "rest"))
+        eight_bit = 8 * embeddings + self._eight_bit("matrices") + self._eight_bit("rest")
         return {
-            "AdamW": self._memory(2 * item * self._held(everything)),
-            "8-bit Adam": self._memory(eight_bit),
-            "Muon": self._memory(item * muon),
+            "AdamW": self._memory(everything, 2 * item * self._held(everything)),
+            "8-bit Adam": self._memory(kinds, eight_bit),
+            "Muon": self._memory(kinds, item * (matrices + 2 * (embeddings + rest))),
         }
 
-    def _held(self, numels: Sequence[int]) -> int:
-        """Elements on a rank of parameters of one group; `numels` has those that the model has here."""
+    def _held(self, groups: Groups) -> int:
+        """Elements on a rank, with padding, of the parameters of an optimizer's groups."""
         if self.layout.zero:
-            return partition_elements(numels, self.layout.zero, self.layout.ranks)
-        return sum(numels)
+            return sum(partition_elements(numels, self.layout.zero, self.layout.ranks) for numels in groups)
+        return sum(map(sum, groups))
 
-    def _padded(self, kind: str) -> int:
-        return self._held(self._kinds[kind])
+    def _gradients(self, groups: Groups) -> torch.Tensor:
+        """Elements of gradients on each rank, (ranks,); without ZeRO on this one, (1,)."""
+        stage, ranks = self.layout.zero, self.layout.ranks
+        # Gradients wider than the weights are added up in a buffer that has just the partition.
+        if stage == 2 and self.grad_dtype.itemsize <= self.dtype.itemsize:
+            return sum(
+                (elements_in_partition(numels, ranks) for numels in groups), torch.zeros(ranks, dtype=torch.int64)
+            )
+        return torch.tensor([self._held(groups) if stage > 1 else sum(map(sum, groups))]).expand(ranks if stage else 1)
 
     def _eight_bit(self, kind: str) -> int:
-        held = [self._padded(kind)] if self.layout.zero else self._kinds[kind]
+        held = [self._held([self._kinds[kind]])] if self.layout.zero else self._kinds[kind]
         return sum(2 * (numel + 4 * -(-numel // BLOCK_8BIT)) if numel >= SMALLEST_8BIT else 8 * numel for numel in held)
 
-    def _memory(self, states: int, error: int = 0, without_gradients: int = 0) -> Memory:
-        numels = [numel for kind in self._kinds.values() for numel in kind]
-        whole, stage = sum(numels), self.layout.zero
-        part = self._held(numels)
-        weights = (part if stage == 3 else whole) + self._here
-        gradients = (part if stage > 1 else whole) - without_gradients
-        masters = 4 * part if stage and not (stage == 3 and self.dtype == torch.float32) else 0
+    def _memory(self, groups: Groups, states: int, error: int = 0, rank: int | None = None) -> Memory:
+        """Memory of an optimizer with these groups on a rank, by default the one with most gradients."""
+        stage, held = self.layout.zero, self._held(groups)
+        weights = held * (self.layout.ranks if stage in (1, 2) else 1) + self._here
+        each = self._gradients(groups)
+        gradients = int(each.max() if rank is None else each[rank])
+        masters = 4 * held if stage else 0
         return Memory(weights * self.dtype.itemsize, masters, gradients * self.grad_dtype.itemsize, states, error)
 
     def engine_bytes(self) -> int:
@@ -202,7 +226,7 @@ class Run:
         HSDP            besides sums up the gradients of a shard over the replicas, which counts twice
         DDP             sums up gradients
         gradient_sync   "lowrank": none of these over replicas; the optimizer's bytes have what takes their place
-        ZeRO-1, 2       reduces gradients to their ranks, and gathers the new weights
+        ZeRO-1, 2       sums up gradients, and gathers the new weights
         """
         layout, whole = self.layout, self.elements // self.layout.tp
         gathered, reduced = whole * self.dtype.itemsize, whole * self.grad_dtype.itemsize
@@ -212,7 +236,7 @@ class Run:
         if layout.sharding == "ddp":
             return 0 if own_gradients else 2 * reduced
         if layout.zero in (1, 2):
-            return gathered + reduced
+            return 2 * reduced + gathered
         over_replicas = 2 * reduced // layout.shard if layout.replicate > 1 and not own_gradients else 0
         return 2 * gathered + reduced + over_replicas
 
@@ -234,6 +258,10 @@ class Run:
             if fits(first):
                 return _last(fits, first, end)
         return 0
+
+
+def _groups(optimizer: LDAdamW) -> Groups:
+    return [[local_numel(param) for param in group["params"]] for group in optimizer.param_groups]
 
 
 def _smaller_dimension(shape: Sequence[int], flatten: bool) -> int:
@@ -267,16 +295,11 @@ def planning(
     """
     if layout.zero and dtype == torch.float64:
         raise ValueError("weights in float64 under ZeRO, whose master weights are float32: expected a narrower dtype.")
-    with world_of(layout.ranks):
+    with world_of(layout.ranks) as everyone:
         model = build(torch.float32 if layout.zero else dtype)
         name = type(model).__name__  # fully_shard gives it another
         replicas = spread(model, layout, getattr(model, "tp_plan", None))
-        yield Run(name, model, layout, dtype, grad_dtype or dtype, replicas)
-
-
-def local_numel(param: torch.Tensor) -> int:
-    """Elements of a parameter on this rank."""
-    return param.to_local().numel() if isinstance(param, DTensor) else param.numel()
+        yield Run(name, model, layout, dtype, grad_dtype or dtype, everyone, replicas)
 
 
 def wire_bytes(placed: Iterable[Any]) -> int:

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
 SHARDINGS = ("one", "ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3")
 
@@ -117,8 +117,8 @@ def _parse_mesh(mesh: str | None) -> dict[str, int]:
 
 
 @contextmanager
-def world_of(ranks: int, rank: int = 0) -> Iterator[None]:
-    """Within it this process is one rank of a world in which nobody else exists.
+def world_of(ranks: int, rank: int = 0) -> Iterator[Any]:
+    """Within it this process is one rank of a world in which nobody else exists; gives the process group of all.
 
     Raises:
         RuntimeError: the process is a rank of a real world.
@@ -129,7 +129,7 @@ def world_of(ranks: int, rank: int = 0) -> Iterator[None]:
         raise RuntimeError("this process is a rank of a process group already: expected one that is of none.")
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
     try:
-        yield
+        yield dist.group.WORLD
     finally:
         dist.destroy_process_group()
 
@@ -164,6 +164,11 @@ def spread(model: nn.Module, layout: Layout, tp_plan: dict[str, str] | None = No
     if data:
         fully_shard(model, mesh=mesh[data] if len(data) < mesh.ndim else mesh)
     return {"replicate_mesh": mesh[f"replicate_{world}"], **sync} if sync else {}
+
+
+def local_numel(param: Tensor) -> int:
+    """Elements of a parameter on this rank."""
+    return param.to_local().numel() if isinstance(param, DTensor) else param.numel()
 
 
 def _cut_by_plan(model: nn.Module, plan: dict[str, str], mesh: DeviceMesh) -> None:

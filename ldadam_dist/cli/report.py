@@ -126,8 +126,12 @@ class Plan:
     def _said(self) -> str:
         """Options that are not as usual."""
         said = {**self.settings.groups, **self.settings.options}
-        usual = {"error_feedback": True, "proj_type": "std", "communication": "auto"}
-        usual["window_elements"] = WINDOW_ELEMENTS
+        usual = {
+            "error_feedback": True,
+            "proj_type": "std",
+            "communication": "auto",
+            "window_elements": WINDOW_ELEMENTS,
+        }
         return "".join(f", {key}={value}" for key, value in said.items() if value and value != usual.get(key)) + (
             "" if said.get("error_feedback", True) else ", error_feedback=False"
         )

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from ldadam_dist.adapters.flat import FlatRange
@@ -33,19 +32,34 @@ def partition_elements(numels: Sequence[int], stage: int, ranks: int) -> int:
     return -(-sum(numels) // (ALIGNED_TO * ranks)) * ALIGNED_TO
 
 
-def partitions_of(optimizer: LDAdamW, stage: int, rank: int, ranks: int) -> list[FlatPartition]:
+def elements_in_partition(numels: Sequence[int], ranks: int) -> Tensor:
+    """Elements of the parameters of which each rank has any at stages 1 and 2, (ranks,), these parameters as a whole.
+
+    Args:
+        numels: elements of each parameter of a group.
+        ranks: number of ranks.
+    """
+    sizes = torch.tensor(numels, dtype=torch.int64)
+    ends = sizes.cumsum(0)[:, None]
+    bounds = torch.arange(ranks + 1) * partition_elements(numels, 1, ranks)
+    here = (ends > bounds[:-1]) & (ends - sizes[:, None] < bounds[1:]) & (sizes[:, None] > 0)
+    return (here * sizes[:, None]).sum(0)
+
+
+def partitions_of(optimizer: LDAdamW, stage: int, rank: int, ranks: int, group: Any) -> list[FlatPartition]:
     """One flat tensor on the meta device for each group of an optimizer, as `attach_partitions` wants them.
 
     Args:
         optimizer: with the whole parameters on the meta device.
         stage: of ZeRO.
-        rank, ranks: this rank, and their number; those of the default process group.
+        rank, ranks: this rank, and their number.
+        group: the process group of all of them.
     """
     found = []
-    for index, group in enumerate(optimizer.param_groups):
-        size = partition_elements([param.numel() for param in group["params"]], stage, ranks)
+    for index, settings in enumerate(optimizer.param_groups):
+        size = partition_elements([param.numel() for param in settings["params"]], stage, ranks)
         offset, members = 0, []
-        for name, param in zip(group["param_names"], group["params"], strict=True):
+        for name, param in zip(settings["param_names"], settings["params"], strict=True):
             if stage == 3:
                 length = -(-param.numel() // ranks)
                 elements = FlatRange.in_runs(param.numel(), length, ranks, rank, offset)
@@ -54,19 +68,20 @@ def partitions_of(optimizer: LDAdamW, stage: int, rank: int, ranks: int) -> list
                 elements = FlatRange.in_partitions(param.numel(), offset, size, ranks, rank)
                 offset += param.numel()
             members.append(FlatParam(name, tuple(param.shape), elements))
-        tensor = torch.empty(size, device="meta", dtype=group["params"][0].dtype, requires_grad=True)
-        found.append(FlatPartition(tensor, index, tuple(members), dist.group.WORLD, torch.device("cpu")))
+        tensor = torch.empty(size, device="meta", dtype=settings["params"][0].dtype, requires_grad=True)
+        found.append(FlatPartition(tensor, index, tuple(members), group, torch.device("cpu")))
     return found
 
 
-def state_bytes(optimizer: LDAdamW, partitions: Iterable[FlatPartition]) -> Tensor:
+def state_bytes(optimizer: LDAdamW, partitions: Iterable[FlatPartition], ranks: int) -> Tensor:
     """Bytes of LDAdamW's states on each rank, (ranks,), as `placement` has them of one.
 
     Args:
         optimizer: whose settings count.
         partitions: on any rank.
+        ranks: their number.
     """
-    total = torch.zeros(dist.get_world_size(), dtype=torch.int64)
+    total = torch.zeros(ranks, dtype=torch.int64)
     for partition in partitions:
         group, dtype = optimizer.param_groups[partition.group_index], partition.tensor.dtype
         for param in partition.params:
