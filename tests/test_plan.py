@@ -190,8 +190,10 @@ def test_eight_bit_states_are_counted_in_blocks() -> None:
             super().__init__()
             self.embed, self.wide, self.norm = nn.Embedding(300, 64), nn.Linear(64, 65, bias=False), nn.LayerNorm(64)
 
-    with torch.device("meta"), world_of(1):
-        run = Run("net", Net(), Layout("one"), torch.float32, torch.float32, dist.group.WORLD)
+    with torch.device("meta"):
+        net = Net()
+    with world_of(1) as everyone:
+        run = Run("net", net, Layout("one"), torch.float32, torch.float32, everyone)
         expected = 8 * 300 * 64 + 2 * (64 * 65 + 4 * 17) + 8 * 2 * 64  # 4160 elements are 16.25 blocks
         assert run.others()["8-bit Adam"].states == expected
 
