@@ -127,10 +127,6 @@ class Image:
         self.folder = folder
         storage = {"--root": folder / "store", "--runroot": folder / "run", "--storage-driver": "vfs"}
         self.buildah = ["buildah", *(word for pair in storage.items() for word in pair)]
-        self.hosts = folder / "hosts"
-        self.hosts.write_text(
-            f"127.0.0.1 localhost {ALONE}\n" + "".join(f"{ip} {name}\n" for name, ip in NODES.items())
-        )
 
     def make_base(self) -> None:
         """A Debian without Python."""
@@ -170,12 +166,14 @@ class Image:
         call([*command, "."])
         self.config: dict[str, Any] = json.loads(call([*self.buildah, "inspect", "--type", "image", "image"]))
         self.config = self.config["Docker"]["config"]
-        self.container = call([*self.buildah, "from", "--pull-never", "image"]).strip()
+        # Not a volume at /etc/hosts: buildah mounts one of its own there, and which of the two lies on top varies.
+        names = [word for name, address in NODES.items() for word in ("--add-host", f"{name}:{address}")]
+        names += ["--add-host", f"{ALONE}:127.0.0.1"]
+        self.container = call([*self.buildah, "from", "--pull-never", *names, "image"]).strip()
 
     def inside(self, *command: object, node: str = ALONE, options: Sequence[str] = ()) -> list[str]:
         """Run a command in the container, as its user; the entry point is left out, as `buildah run` does."""
-        run = [*self.buildah, "run", "--isolation", "chroot", "--hostname", node, "--env", "OMP_NUM_THREADS=1"]
-        run += ["--volume", f"{self.hosts}:/etc/hosts:ro", *options, self.container, "--"]
+        run = [*self.buildah, "run", "--isolation", "chroot", "--hostname", node, *options, self.container, "--"]
         return [str(word) for word in (*run, *command)]
 
     def started(self, *arguments: object, options: Sequence[str] = ()) -> list[str]:
@@ -256,6 +254,16 @@ def losses(log: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in log.read_text().splitlines()]
 
 
+def exit_codes(running: dict[str, subprocess.Popen[bytes]]) -> dict[str, int | None]:
+    """When all have ended, or one has failed, for which the others would wait."""
+    codes: dict[str, int | None] = dict.fromkeys(running)
+    deadline = time.monotonic() + LIMIT
+    while None in codes.values() and not any(codes.values()) and time.monotonic() < deadline:
+        time.sleep(0.2)
+        codes = {name: process.poll() for name, process in running.items()}
+    return codes
+
+
 def check_training(image: Image, say: Callable[[str], None]) -> None:
     """On one node with two processes, and on two nodes with one each: the same losses."""
     volumes = []
@@ -274,21 +282,26 @@ def check_training(image: Image, say: Callable[[str], None]) -> None:
     compose = yaml.safe_load(interpolate((REPOSITORY / "docker" / "compose.yaml").read_text(), {"ARGS": TINY}))
     services = compose["services"]
     assert list(services) == list(NODES)
+    # Each node has its part of the cores, as each of two processes on one has: with more threads sums round otherwise.
+    cores = sorted(os.sched_getaffinity(0))
+    share = max(1, len(cores) // 2)
+    parts = {name: cores[-share * number :][:share] for number, name in enumerate(services, start=1)}
     with network(image.folder) as net:
         running = {}
         for host, (name, service) in zip(net.hosts, services.items(), strict=True):
             assert service["volumes"] == [f"{volume}:{place}" for volume, place in mounted.items()]
             words = [*image.config["Entrypoint"], *shlex.split(service["command"])]
-            command = host.command(*image.inside(*words, node=service["hostname"], options=volumes))
+            pinned = ["taskset", "--cpu-list", ",".join(map(str, parts[name]))]
+            command = host.command(*pinned, *image.inside(*words, node=service["hostname"], options=volumes))
             with (image.folder / f"{name}.log").open("wb") as log:
                 running[name] = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         try:
-            codes = {name: process.wait(LIMIT) for name, process in running.items()}
+            codes = exit_codes(running)
         finally:
             for process in running.values():
                 process.kill()
     output = "\n".join((image.folder / f"{name}.log").read_text(errors="replace")[-3000:] for name in running)
-    assert not any(codes.values()), f"exit codes {codes}\n{output}"
+    assert set(codes.values()) == {0}, f"exit codes {codes}, None: still running\n{output}"
     assert "preflight: all is well" in output, output
     found = losses(image.folder / "runs" / "two-nodes" / "log.jsonl")
     assert found == expected, f"losses {found} on two nodes, {expected} on one"
