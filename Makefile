@@ -16,7 +16,7 @@ INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help venv install install-dev pretrain pretrain-deepspeed test test-slow test-gpu bench-cpu bench-gpu lint format types docs image constraints clean
+.PHONY: help venv install install-dev pretrain pretrain-deepspeed test test-slow test-torchtitan test-gpu bench-cpu bench-gpu lint format types docs image constraints clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -55,6 +55,21 @@ pretrain-deepspeed: $(INSTALLED)  ## the same under DeepSpeed, on two ZeRO-2 ran
 
 test: $(INSTALLED)  ## the test suite, without what is marked slow
 	$(RUN) -m pytest $(ARGS)
+
+# torchtitan's requirements contradict constraints.txt, so it has an environment of its own. TITAN_TORCH=2.15.0 runs what
+# it does not do with the torch of constraints.txt.
+TITAN_VENV ?= .venv-torchtitan
+TITAN_TORCH ?= $(shell sed -n 's/^torch==//p' constraints.txt)
+TITAN_INSTALLED := $(TITAN_VENV)/.installed-$(TITAN_TORCH)
+
+$(TITAN_INSTALLED): pyproject.toml
+	@.ci/venv "$(PYTHON)" "$(TITAN_VENV)"
+	$(TITAN_VENV)/bin/python -m pip install $(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL)) \
+	    torch==$(TITAN_TORCH) torchtitan==0.3.0 triton pytest -e .
+	@touch $@
+
+test-torchtitan: $(TITAN_INSTALLED)  ## the tests with torchtitan (Python >= 3.11), in an environment of its own
+	$(TITAN_VENV)/bin/python -m pytest tests/test_torchtitan.py $(ARGS)
 
 test-slow: $(INSTALLED)  ## the tests marked slow
 	$(RUN) -m pytest -m slow $(ARGS)

@@ -51,6 +51,8 @@ def run(settings: Settings, folder: Path, extra: Sequence[str]) -> list[dict[str
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise SystemExit(f"{' '.join(command)} ended with exit code {done.returncode}:\n{done.stderr[-2000:]}")
+        if not (folder / PLOT_FILE).exists():  # a run that a signal stops saves a checkpoint and ends with 0
+            raise SystemExit(f"the run in {folder} was stopped before its end; the same command goes on from there")
     return read_log(folder)
 
 

@@ -31,7 +31,7 @@ _OPERATORS = {
     "all_to_all": "alltoall alltoall_base all_to_all_single shard_dim_alltoall",
     "broadcast": "broadcast",
     "reduce": "reduce",
-    "gather": "gather",
+    "gather": "gather gather_into_tensor",
     "scatter": "scatter",
     "send": "send isend",
     "recv": "recv recv_any_source irecv",
@@ -39,7 +39,9 @@ _OPERATORS = {
 _KINDS = {operator: kind for kind, operators in _OPERATORS.items() for operator in operators.split()}
 # The others call c10d inside, where a mode does not look: each collective is seen once.
 _NAMESPACES = {"c10d", "_c10d_functional", "_c10d_functional_autograd", "_dtensor"}
-_SENDS_NOTHING = {"barrier", "monitored_barrier", "wait_tensor", "check_for_nan", "wrap_tensor_autograd"}
+_SENDS_NOTHING = {
+    *("barrier", "monitored_barrier", "wait_tensor", "wait_tensors", "check_for_nan", "wrap_tensor_autograd"),
+}
 
 
 @dataclass(frozen=True)

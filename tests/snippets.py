@@ -85,8 +85,8 @@ def run(command: str, folder: Path) -> str:
         AssertionError: it failed, or had to be killed.
     """
     settings = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
-    # Without it accelerate, and so the Trainer, takes each process for the only one where there is no GPU.
-    settings["ACCELERATE_USE_CPU"] = "true"
+    if command.startswith("accelerate"):  # or it takes each process for the only one where there is no GPU
+        settings["ACCELERATE_USE_CPU"] = "true"
     home = {"HF_HOME": str(folder / "home"), "TORCH_EXTENSIONS_DIR": str(folder / "extensions")}
     running = subprocess.Popen(
         _arguments(command),

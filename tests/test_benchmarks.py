@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import first_step, memory, scaling, where_time_goes
+from benchmarks import choosing, first_step, memory, scaling, where_time_goes
 from benchmarks.common import MODELS, ROOT, Llama, Options
 from benchmarks.contenders import BASELINE
 from ldadam_dist import LDAdamW, describe
@@ -181,3 +182,26 @@ def test_products_are_told_apart() -> None:
     parts = where_time_goes.shares(events, [(12, 8)], 1)
     assert min(parts[whole][0], parts[small][0]) > 0
     assert sum(host for host, _ in parts.values()) <= times[0]
+
+
+def test_choosing_reads_complete_runs_and_tells_a_run_that_was_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = []
+
+    def starts(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        folder = Path(command[command.index("--output_dir") + 1])
+        started.append(folder.name)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "log.jsonl").write_text('{"step": 1, "val_loss": 4.5, "optimizer_step_seconds": 0.01}\n')
+        if len(started) != 2:  # the second run is stopped by a signal: such runs save a checkpoint and end with 0
+            (folder / "curves.png").touch()
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(subprocess, "run", starts)
+    argv = ("--first", "2", "--runs", str(tmp_path / "runs"))
+    with pytest.raises(SystemExit, match="was stopped before its end"):
+        choosing.main(argv)
+    result = written(choosing, tmp_path, *argv)
+    assert started == [started[0], started[1], started[1]]
+    assert [run["last"][0]["val_loss"] for run in result["runs"]] == [4.5, 4.5]

@@ -59,6 +59,7 @@ def cases(world_size: int) -> list[Case]:
         found += [Case("llama", "ddp", SIDES[0], micro_batches=3), Case("llama", "ddp", dtype=torch.float32)]
         found += [Case("odd", "plain", (("error_feedback", False), *side)) for side in SIDES]
         found += [Case("experts", "plain", (("rank", 2),))]  # stacked matrices, and a convolution
+        found += [Case("odd", "plain", (("window_elements", 60),))]  # several windows, a matrix or two in each
         found += [Case("odd", "plain", (("error_dtype", "float32"),))]  # narrower than the mathematics
     elif world_size == 3:  # 5 rows and 7 columns do not divide: states have uneven and empty slices
         found = [Case("odd", layout, side) for layout in ("plain", "ddp") for side in SIDES]

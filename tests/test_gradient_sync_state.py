@@ -66,11 +66,12 @@ def save(model: nn.Module, optimizer: LDAdamW, folder: str, own: bool) -> None:
 
 def load(model: nn.Module, optimizer: LDAdamW, folder: str, own: bool) -> None:
     made, states = get_state_dict(model, optimizer)
-    state = {"model": made, "optimizer": states, **({"own": optimizer.own_errors()} if own else {})}
-    dcp.load(state, checkpoint_id=folder)
-    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    dcp.load({"model": made, "optimizer": states}, checkpoint_id=folder)
+    set_state_dict(model, optimizer, model_state_dict=made, optim_state_dict=states)
     if own:
-        optimizer.load_own_errors(state["own"])
+        errors = optimizer.own_errors()
+        dcp.load({"own": errors}, checkpoint_id=folder)
+        optimizer.load_own_errors(errors)
 
 
 def resumed_exactly(folder: str, layout: str, settings: dict[str, Any]) -> None:

@@ -79,7 +79,7 @@ ALLOWED = {
 }
 COMMUNICATES = {"runtime", "adapters", "traffic", "preflight", "cli"}  # cli in worlds of its own
 READS_CHECKPOINTS = {"convert"}  # with torch.distributed.checkpoint, in one process
-BACKENDS = {"deepspeed", "transformers", "accelerate", "peft", "lightning", "datasets"}
+BACKENDS = {"deepspeed", "transformers", "accelerate", "peft", "lightning", "torchtitan", "datasets"}
 
 
 def module_of(path):

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ldadam_dist._version import __version__
 from ldadam_dist.cli import options as o
 
 app = typer.Typer(
@@ -26,8 +27,18 @@ _PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_op
 _WrongUse: type[Exception] = typer.BadParameter.__mro__[2]  # ClickException; typer has a click of its own, or click's
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        sys.stdout.write(f"ldadam-dist {__version__}\n")
+        raise typer.Exit
+
+
 @app.callback()
-def command() -> None:
+def command(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
     """LDAdamW for sharded training: plan a run, check machines, draw curves, convert checkpoints.
 
     \b
