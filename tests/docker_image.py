@@ -126,7 +126,8 @@ class Image:
                 raise UnavailableError(f"{program} is not installed: apt-get install {program}")
         self.folder = folder
         storage = {"--root": folder / "store", "--runroot": folder / "run", "--storage-driver": "vfs"}
-        self.buildah = ["buildah", *(word for pair in storage.items() for word in pair)]
+        # A buildah that is killed leaves what it has in TMPDIR.
+        self.buildah = ["env", f"TMPDIR={folder}", "buildah", *(word for pair in storage.items() for word in pair)]
 
     def make_base(self) -> None:
         """A Debian without Python."""
