@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -85,10 +85,8 @@ def decoded(entry: Entry, state: Mapping[str, Any]) -> dict[str, Any]:
         return dict(state)
     local = floating_error(entry, state)
     if axis is not None:
-        kept_last = local.mT if entry.side == "right" else local
-        columns = kept_last.reshape(1, -1, kept_last.shape[-1]).to(compute_dtype(entry.param.dtype))
-        mean = mean_slice(columns, axis).to(local.dtype).view(*kept_last.shape[:-1], -1)
-        local = (mean.mT if entry.side == "right" else mean).contiguous()
+        dtype = compute_dtype(entry.param.dtype)
+        local = _along_kept(entry, local, lambda rows: mean_slice(rows.to(dtype), axis).to(local.dtype))
     shape = state_shapes(entry.shape, entry.group)["error"]
     error = entry.adapter.as_state(local, entry.param, shape, "error", entry.side)
     return {key: error if key == "error" else value for key, value in state.items() if key != SCALE}
@@ -122,12 +120,8 @@ def stored(entry: Entry, state: Mapping[str, Any]) -> dict[str, Any]:
     if "error" in kept:
         axis = entry.adapter.sync
         if axis is not None:
-            local = entry.adapter.local(kept["error"])
-            kept_last = local.mT if entry.side == "right" else local
-            shape, length = local_error_shape(entry), entry.layout().n_local
-            whole = joined(kept_last.reshape(1, -1, kept_last.shape[-1]).contiguous(), axis, length)
-            whole = whole.view(*kept_last.shape[:-1], length)
-            kept["error"] = (whole.mT if entry.side == "right" else whole).reshape(shape)
+            local, length = entry.adapter.local(kept["error"]), entry.layout().n_local
+            kept["error"] = _along_kept(entry, local, lambda rows: joined(rows, axis, length))
         kept.update(stored_error(entry, kept["error"]))
     return kept
 
@@ -140,6 +134,14 @@ def stored_error(entry: Entry, error: Tensor) -> dict[str, Tensor]:
     made = Quantized(codes.flatten(0, -2), scales.flatten(0, -2), local.shape[-1])
     made.load(local.reshape(-1, local.shape[-1]))
     return {"error": codes, SCALE: scales}
+
+
+def _along_kept(entry: Entry, error: Tensor, exchange: Callable[[Tensor], Tensor]) -> Tensor:
+    """An error (..., rows, columns) after an exchange of (1, ., n), the kept dimension last; any may be empty."""
+    oriented = error.mT if entry.side == "right" else error
+    found = exchange(oriented.flatten(0, -2)[None].contiguous())
+    found = found.view(*oriented.shape[:-1], found.shape[-1])
+    return (found.mT if entry.side == "right" else found).contiguous()
 
 
 def _error_part(entry: Entry) -> str:

@@ -1,4 +1,4 @@
-"""gradient_sync="lowrank": what cannot work is refused, and nothing has changed then."""
+"""gradient_sync="lowrank": what cannot work is refused, and layouts at the edge of what can."""
 
 from __future__ import annotations
 
@@ -91,3 +91,36 @@ def shards_of_one_replica() -> None:
 
 def test_a_single_replica_in_shards_is_as_without_replicas() -> None:
     run_ranks(2, shards_of_one_replica)
+
+
+def with_empty_shards(side: str, error_dtype: str | None) -> None:
+    mesh = init_device_mesh("cpu", (2, 3), mesh_dim_names=("replicate", "shard"))
+    torch.manual_seed(0)
+    model = nn.Linear(7, 4, bias=False)  # 4 rows on three ranks: 2, 2, 0
+    fully_shard(model, mesh=mesh["shard"])
+    options: dict[str, Any] = dict(rank=2, proj_type=side, error_dtype=error_dtype)
+    optimizer = LDAdamW(
+        model.parameters(), gradient_sync="lowrank", replicate_mesh=mesh["replicate"], check_replicas_every=1, **options
+    )
+    for step in range(3):
+        torch.manual_seed(10 * dist.get_rank() + step)
+        model(torch.randn(5, 7)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    saved, own = optimizer.state_dict(), optimizer.own_errors()
+    errors = own["#0 of group 0"].full_tensor()
+    mean = saved["state"][0]["error"].full_tensor()
+    assert errors.shape == (2, 4, 7)
+    torch.testing.assert_close(errors.mean(0).to(mean.dtype), mean)
+    optimizer.load_state_dict(saved)
+    for each in optimizer.own_errors()["#0 of group 0"].full_tensor():
+        assert error_dtype is not None or torch.equal(each, mean)
+    optimizer.load_own_errors(own)
+    assert torch.equal(optimizer.own_errors()["#0 of group 0"].full_tensor(), errors)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("error_dtype", [None, "int8"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_shards_without_any_row_are_saved_and_loaded(side: str, error_dtype: str | None) -> None:
+    run_ranks(6, with_empty_shards, side, error_dtype)

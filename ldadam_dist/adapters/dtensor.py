@@ -69,11 +69,9 @@ class MeshAdapter:
         self.groups = tuple((mesh.get_group(d), self.device) for d in range(mesh.ndim))
         self._meshes = {tuple(range(mesh.ndim)): mesh}
         # Made here, whichever side will be projected: ranks whose settings differ must not wait for each other yet.
-        all_replicas = replicas + sync
-        self._axes = {
-            dims: _make_axis(mesh, dims)
-            for dims in (rows, columns, rows + all_replicas, columns + all_replicas, replicas, sync)
-        }
+        alike = replicas + sync
+        cutting = (rows, columns, rows + alike, columns + alike, replicas, sync)
+        self._axes = {dims: _make_axis(mesh, dims) for dims in cutting}
 
     @classmethod
     def of_dtensor(cls, param: Any, name: str, flatten: bool, sync_group: Any | None = None) -> MeshAdapter:
@@ -112,8 +110,7 @@ class MeshAdapter:
 
     @classmethod
     def of_replicas(cls, param: Tensor, process_group: Any, averaged: bool) -> MeshAdapter:
-        """The adapter of a plain parameter that every process of `process_group` holds whole, with the same gradients
-        if they are averaged."""
+        """The adapter of a plain parameter that every process of `process_group` holds whole; see `adapter_for`."""
         mesh = DeviceMesh.from_group(process_group, param.device.type)
         return cls(mesh, replicas=(0,)) if averaged else cls(mesh, sync=(0,))
 
@@ -152,20 +149,14 @@ class MeshAdapter:
 
     def as_state(self, local: Tensor, param: Tensor, shape: Sequence[int], part: str, side: str) -> DTensor:
         """The state of global `shape` of which this process has `local`; the arguments are those of `new_state`."""
-        mesh, placements = self._place(len(shape), part, side)
-        # An uneven shard does not tell the global shape: it must be given.
-        stride = tuple(math.prod(max(length, 1) for length in shape[dim + 1 :]) for dim in range(len(shape)))
-        state = DTensor.from_local(local, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
+        state = _from_local(local, shape, *self._place(len(shape), part, side))
         device = self.local(param).device
-        return state if device.type == mesh.device_type else cast(DTensor, state.to(device))  # offloaded
+        return state if device.type == self.mesh.device_type else cast(DTensor, state.to(device))  # offloaded
 
     def as_own(self, local: Tensor, shape: Sequence[int], side: str) -> DTensor:
         """The errors of all replicas of `sync`, (replicas, *shape), of which this process has `local`."""
-        cuts = [self._sync, *self._cuts("own error", side)[-len(shape) :]]
-        mesh, whole = self._permuted(sum(cuts, ())), torch.Size((self.mesh.size(self._sync[0]), *shape))
-        placements = [Shard(dim) for dim, dims in enumerate(cuts) for _ in dims]
-        stride = tuple(math.prod(whole[dim + 1 :]) for dim in range(len(whole)))
-        return DTensor.from_local(local[None], mesh, placements, run_check=False, shape=whole, stride=stride)
+        by_dim = [self._sync, *self._cuts("own error", side)[-len(shape) :]]
+        return _from_local(local[None], (self.mesh.size(self._sync[0]), *shape), *self._place_cut(by_dim))
 
     def as_grad(self, error: Tensor, param: Tensor) -> Tensor:
         """The error, cut like the parameter, as a gradient of it: the same storage."""
@@ -179,7 +170,10 @@ class MeshAdapter:
 
     def _place(self, ndim: int, part: str, side: str) -> tuple[DeviceMesh, tuple[Placement, ...]]:
         """The mesh and the placements of a state of so many dimensions."""
-        by_dim = self._cuts(part, side)[-ndim:]
+        return self._place_cut(self._cuts(part, side)[-ndim:])
+
+    def _place_cut(self, by_dim: Sequence[MeshDims]) -> tuple[DeviceMesh, tuple[Placement, ...]]:
+        """The mesh and the placements of a tensor whose dimensions are cut so."""
         return self._permuted(sum(by_dim, ())), tuple(Shard(dim) for dim, dims in enumerate(by_dim) for _ in dims)
 
     def check_stored(self, what: str, state: Tensor, param: Tensor, part: str | None, side: str) -> None:
@@ -330,6 +324,13 @@ class MeshAdapter:
                 mesh_dim_names=tuple(names[d] for d in order),
             )
         return self._meshes[order]
+
+
+def _from_local(local: Tensor, shape: Sequence[int], mesh: DeviceMesh, placements: Sequence[Placement]) -> DTensor:
+    """The DTensor of global `shape` of which this process has `local`."""
+    # An uneven shard does not tell the global shape: it must be given.
+    stride = tuple(math.prod(max(length, 1) for length in shape[dim + 1 :]) for dim in range(len(shape)))
+    return DTensor.from_local(local, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
 
 
 def _with_replicas(mesh: DeviceMesh, group: Any, name: str) -> DeviceMesh:
