@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import functools
 import multiprocessing
 import os
@@ -44,9 +45,12 @@ def run_ranks(
     """
     with tempfile.TemporaryDirectory() as folder:
         codes = _run(world_size, _rank, (folder, timeout, backend, function, args), timeout)
-        errors = "\n".join(path.read_text() for path in sorted(Path(folder).glob("error-*")))
-        assert not errors, errors
-        assert codes == [0] * world_size, f"exit codes of the ranks (None: running after {timeout:.0f} s): {codes}"
+        crashes, errors = _texts(folder, "crash-*"), _texts(folder, "error-*")
+        # The causes first: a rank that died makes the others fail too, and a report may be cut before its own text.
+        causes = [text.split("\n")[0] for text in crashes] + [text.rstrip().split("\n")[-1] for text in errors]
+        exits = f"exit codes of the ranks (None: running after {timeout:.0f} s): {codes}"
+        if crashes or errors or codes != [0] * world_size:
+            raise AssertionError("\n".join([exits, *causes, "", *crashes, *errors]))
         return [torch.load(Path(folder) / f"result-{rank}", weights_only=False) for rank in range(world_size)]
 
 
@@ -122,6 +126,8 @@ def _rank(
     rank: int, world_size: int, folder: str, timeout: float, backend: str, function: Callable[..., Any], args: Any
 ) -> None:
     torch.set_num_threads(1)
+    crash = open(f"{folder}/crash-{rank}", "w")  # noqa: SIM115  (faulthandler's as long as the process lives)
+    faulthandler.enable(crash)
     store = dist.FileStore(f"{folder}/store", world_size)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout))
     try:
@@ -131,6 +137,11 @@ def _rank(
         Path(f"{folder}/error-{rank}").write_text(f"rank {rank}:\n{traceback.format_exc()}")
         os._exit(1)  # the others may never come to a collective shutdown
     dist.destroy_process_group()
+
+
+def _texts(folder: str, pattern: str) -> list[str]:
+    texts = [path.read_text() for path in sorted(Path(folder).glob(pattern))]
+    return [text for text in texts if text.strip()]
 
 
 def _torchrun_rank(

@@ -164,6 +164,7 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "one device with a mesh": (["plan", MODEL, "--sharding", "one", "--ranks", "4"], "expected a single rank"),
     "nothing replicated": (["plan", MODEL, "--ranks", "8", "--gradient-sync", "lowrank"], "expected ddp or hsdp"),
     "unknown sync": (["plan", MODEL, "--gradient-sync", "low"], "expected full or lowrank"),
+    "heads that are cut": (["plan", MODEL, "--mesh", "shard=2,tp=16"], "does not divide num_attention_heads="),
     "rank too large": (["plan", MODEL, "--rank", "5000"], "rank=5000"),
     "rank of nothing": (["plan", MODEL, "--rank", "0"], "rank"),
     "unknown dtype": (["plan", MODEL, "--rank", "16", "--param-dtype", "float8"], "expected one of"),
@@ -202,7 +203,9 @@ def test_wrong_input_is_one_line_and_exit_code_2(
     [
         ("{", "is not JSON"),
         ("[]", "names no model_type"),
-        ('{"model_type": "lama"}', "lama"),
+        ('{"model_type": "lama"}', "Near names: 'llama'"),  # and not the 800 that there are
+        ('{"model_type": "llama", "hiden_size": 512}', "'hidden_size' is meant?"),
+        ('{"model_type": "gpt2", "n_layers": 4}', "'n_layer' is meant?"),
         ('{"model_type": "llama", "hidden_size": 10, "num_attention_heads": 3}', "attention heads"),
         ('{"model_type": "llama", "hidden_size": "wide"}', "hidden_size"),
     ],
@@ -215,6 +218,16 @@ def test_a_wrong_configuration_is_one_line(
     assert code == 2, err
     assert message in err
     assert err.count("\n") == 1
+
+
+def test_keys_that_do_nothing_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    said = json.loads(Path(MODEL).read_text())
+    # Keys of other versions: the first still means something, the others nothing.
+    (tmp_path / "config.json").write_text(json.dumps({**said, "rope_theta": 1e5, "auto_map": {}, "flavour": "sweet"}))
+    assert cli.main(["plan", str(tmp_path), "--rank", "16", "--json"]) == 0
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{tmp_path}: LlamaConfig does not know, and ignores, auto_map, flavour."
+    ]
 
 
 @pytest.mark.parametrize(

@@ -144,7 +144,8 @@ def spread(model: nn.Module, layout: Layout, tp_plan: dict[str, str] | None = No
     Returns:
         how `LDAdamW` is told of the replicas.
     Raises:
-        ValueError: there is tensor parallelism, and no plan, or a style that is not known here.
+        ValueError: there is tensor parallelism, and no plan, a style that is not known here, or heads that
+            it does not divide.
     """
     axes = {"replicate": layout.replicate, "shard": layout.shard, "tp": layout.tp}
     sync = {"gradient_sync": "lowrank"} if layout.gradient_sync == "lowrank" else {}
@@ -175,6 +176,7 @@ def _cut_by_plan(model: nn.Module, plan: dict[str, str], mesh: DeviceMesh) -> No
     """Tensor parallelism: rows of the weights of "colwise" layers, columns of those of "rowwise" ones."""
     if not plan:
         raise ValueError(f"{type(model).__name__} has no plan for tensor parallelism: leave tp out of --mesh.")
+    _check_heads(model, plan, mesh.size())
     patterns = {said: re.compile(re.escape(said).replace(r"\*", r"\d+")) for said in plan}
     cut: dict[nn.Parameter, nn.Parameter] = {}  # a tied one has several modules
     for name, module in model.named_modules():
@@ -193,6 +195,18 @@ def _cut_by_plan(model: nn.Module, plan: dict[str, str], mesh: DeviceMesh) -> No
             raise ValueError(
                 f"the plan for tensor parallelism of {type(model).__name__} cuts the parameter {said} by "
                 f"{plan[said]!r}: expected layers only. Leave tp out of --mesh."
+            )
+
+
+def _check_heads(model: nn.Module, plan: dict[str, str], tp: int) -> None:
+    """A layer of queries, keys or values is cut between heads: what a rank has of it is reshaped to whole ones."""
+    config: Any = getattr(model, "config", None)
+    for layer, count in (("q_proj", "num_attention_heads"), ("k_proj", "num_key_value_heads")):
+        heads = getattr(config, count, None)
+        cut = any(said.endswith(layer) and style.startswith("colwise") for said, style in plan.items())
+        if cut and isinstance(heads, int) and heads % tp:
+            raise ValueError(
+                f"tp={tp} does not divide {count}={heads} of {type(model).__name__}: expected one that does."
             )
 
 
