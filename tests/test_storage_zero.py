@@ -40,8 +40,13 @@ def on_two_ranks() -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("run", RUNS, ids=str)
 def test_equals_one_process(run: Run) -> None:
-    """Rows are completed before a step, so no block is cut; but what float32 leaves open may round otherwise."""
-    assert_equals_one_process(run, [found[run.name][0] for found in on_two_ranks()], within=1e-3)
+    """Rows are completed before a step, so no block is cut; but what float32 leaves open may round otherwise.
+
+    Gradients 2e-7 off move these weights by up to 1e-5 in five steps and, once a code of the error is another, by up
+    to 2e-3 in twenty. Errors that are not stored in 8 bits move them by 2e-4 at the second step.
+    """
+    ranks = [found[run.name][0] for found in on_two_ranks()]
+    assert_equals_one_process(run, ranks, within=lambda step: 1e-4 if step <= 5 else 1e-2)
 
 
 @pytest.mark.parametrize("run", RUNS, ids=str)

@@ -6,6 +6,7 @@ own weights with them, so a piece in a wrong place shows, and rounding before th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -123,7 +124,9 @@ def test_equals_one_process_after_every_step(world_size: int, run: Run) -> None:
     assert_equals_one_process(run, [found[run.name] for found in on_ranks(world_size)])
 
 
-def assert_equals_one_process(run: Run, ranks: list[dict[str, Any]], within: float = 1e-5) -> None:
+def assert_equals_one_process(
+    run: Run, ranks: list[dict[str, Any]], within: Callable[[int], float] = lambda step: 1e-5
+) -> None:
     shapes = ranks[0]["shapes"]
     grads = [
         assembled([rank["grads"][step] for rank in ranks], shapes) if ranks[0]["grads"][step] else {}
@@ -135,7 +138,7 @@ def assert_equals_one_process(run: Run, ranks: list[dict[str, Any]], within: flo
         found = assembled([rank["weights"][step] for rank in ranks], shapes)
         for name, weight in weights.items():
             difference = ((found[name] - weight).abs().max() / weight.abs().max().clamp(min=1e-3)).item()
-            assert difference <= within, f"step {step}, {name}: {difference:.1e}"
+            assert difference <= within(step), f"step {step}, {name}: {difference:.1e}"
     for rank in ranks:
         for name, weight in rank["model"].items():
             torch.testing.assert_close(weight, found[name].to(run.dtype), rtol=0, atol=0)
