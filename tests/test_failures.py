@@ -6,10 +6,13 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from dataclasses import asdict
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import models
@@ -25,6 +28,7 @@ from ldadam_dist import LDAdamW
 from ldadam_dist.runtime import collectives, failures, schedule
 from ldadam_dist.runtime.failures import Report
 
+ROOT = Path(__file__).resolve().parent.parent
 VICTIM = 2
 
 
@@ -200,3 +204,23 @@ def train_zero(stage: int, how: str) -> None:
 @pytest.mark.parametrize("how", ["sleeps", "dies"])
 def test_the_same_under_deepspeed(stage: int, how: str) -> None:
     check_messages(run_failing(2, train_zero, stage, how), how, "within")
+
+
+ENDS = """
+import threading, time
+from functools import partial
+import torch
+import torch.distributed as dist
+from ldadam_dist.runtime.failures import complete, finish
+
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+finish(complete([partial(dist.all_reduce, torch.zeros(1))], dist.group.WORLD))
+dist.destroy_process_group()
+threading.Thread(target=lambda: (time.sleep(0.05), print("let go", flush=True)), daemon=True).start()
+"""
+
+
+def test_gloos_threads_can_let_go_before_the_interpreter_ends() -> None:
+    """Else a program aborts after its last line, now and then: a daemon thread is in the place of one of gloo's."""
+    ended = subprocess.run([sys.executable, "-c", ENDS], capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert (ended.returncode, ended.stdout) == (0, "let go\n"), ended.stderr

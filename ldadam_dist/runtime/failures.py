@@ -7,6 +7,7 @@ only tells the neighbours of a rank that died. A step in which no collective tak
 
 from __future__ import annotations
 
+import atexit
 import json
 import threading
 import time
@@ -14,7 +15,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from functools import partial
+from functools import cache, partial
 from typing import Any, TypeAlias, TypeVar
 
 import torch
@@ -27,6 +28,9 @@ PERIOD = 1.0
 
 REPORTS_WITHIN = 5.0
 """Seconds that a rank which has given up waits for the others to say so too."""
+
+LET_GO = 0.2
+"""Seconds that a program which used gloo waits at its end."""
 
 _COUNT = "ldadam_dist/failures"
 """Key of the number of reports; the reports follow it, numbered from 1."""
@@ -105,6 +109,8 @@ def complete(calls: Sequence[partial[Any]], group: Any) -> Waiting[None]:
     with failing():
         # With gloo the host waits anyway; a back-end that queues its work on a device must not be waited for here.
         watched = f"{calls[0].args[0].device.type}:gloo" in str(dist.get_backend_config(group))
+        if watched:
+            _let_go_at_exit()
         for work in works:
             if watched:
                 _wait(work, group)
@@ -120,6 +126,16 @@ def finish(waiting: Waiting[T]) -> T:
         except StopIteration as end:
             result: T = end.value
             return result
+
+
+@cache
+def _let_go_at_exit() -> None:
+    """Give gloo's threads the interpreter once more before it ends.
+
+    A thread lets go of a collective's tensors when the program has gone on already, and needs the interpreter for it.
+    If that has begun to end, the process aborts ("terminate called without an active exception") with its work done.
+    """
+    atexit.register(time.sleep, LET_GO)
 
 
 def _wait(work: Any, group: Any) -> None:
