@@ -30,7 +30,7 @@ REPORTS_WITHIN = 5.0
 """Seconds that a rank which has given up waits for the others to say so too."""
 
 LET_GO = 0.2
-"""Seconds that a program which used gloo waits at its end."""
+"""Seconds that a program with gloo waits at its end."""
 
 _COUNT = "ldadam_dist/failures"
 """Key of the number of reports; the reports follow it, numbered from 1."""
@@ -109,8 +109,6 @@ def complete(calls: Sequence[partial[Any]], group: Any) -> Waiting[None]:
     with failing():
         # With gloo the host waits anyway; a back-end that queues its work on a device must not be waited for here.
         watched = f"{calls[0].args[0].device.type}:gloo" in str(dist.get_backend_config(group))
-        if watched:
-            _let_go_at_exit()
         for work in works:
             if watched:
                 _wait(work, group)
@@ -248,6 +246,8 @@ class _Board:
         Those before its next step, if it has given up and goes on, are of groups that were replaced.
         """
         if self._is_new and dist.is_initialized():
+            if "gloo" in str(dist.get_backend_config()):
+                _let_go_at_exit()
             self._is_new, self._unreachable = False, False
             self._read = self._count()
 
