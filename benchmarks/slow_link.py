@@ -4,7 +4,8 @@
 
 The hosts are two network namespaces of this machine (tests/namespaces.py), one process each, and `tc` limits what each
 sends. Runs are those of launch/pretrain.py, without clipping, so that all have the same gradients; the losses of the
-two LDAdamW must be the same. The time of a step is the median after the first two, with data, forward and backward.
+two LDAdamW must be the same, up to rounding. The time of a step is the median after the first two, with data, forward
+and backward.
 """
 
 from __future__ import annotations

@@ -143,8 +143,9 @@ def start(needs_group: bool = False, timeout_minutes: float = 30.0) -> World:
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(max(1, cores // local_size))
+        if "OMP_NUM_THREADS" not in os.environ:  # which torch reads by itself
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+            torch.set_num_threads(max(1, cores // local_size))
     timeout = timedelta(minutes=timeout_minutes)
     limit_waiting(timeout)
     choose_interface()
