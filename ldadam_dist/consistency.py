@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from typing import Any
 
@@ -19,19 +19,19 @@ _SETTINGS = (
 ).split()
 
 
-def check_ranks_agree(entries: Sequence[Entry], window: int) -> None:
+def check_ranks_agree(entries: Sequence[Entry], settings: Mapping[str, Any]) -> None:
     """Compare parameters, settings and step counts over every group that shares them; collective.
 
     Args:
         entries: all trainable parameters, in the order in which they are stepped.
-        window: elements in flight together.
+        settings: those that all parameters have in common.
     Raises:
         RuntimeError: ranks differ; raised on all of them, with the first difference.
     """
     groups = groups_of(entries)
     ranks = {group: tuple(ranks_of(group[0])) for group in groups}  # several groups may have the same ranks
     lines = {
-        group: [_line(e, window) for e in entries if any(ranks[g] == ranks[group] for g in e.adapter.groups)]
+        group: [_line(e, settings) for e in entries if any(ranks[g] == ranks[group] for g in e.adapter.groups)]
         for group in groups
     }
     differs = torch.zeros(1, dtype=torch.int64, device="cpu")
@@ -63,13 +63,13 @@ def _first_difference(lines: list[str], group: Any) -> str | None:
     return None
 
 
-def _line(entry: Entry, window: int) -> str:
+def _line(entry: Entry, common: Mapping[str, Any]) -> str:
     settings = {key: entry.group[key] for key in _SETTINGS}
     settings["lr"] = float(settings["lr"])
     settings["betas"] = tuple(float(beta) for beta in settings["betas"])
-    told = ", ".join(f"{key}={value!r}" for key, value in settings.items())
+    told = ", ".join(f"{key}={value!r}" for key, value in (*settings.items(), *common.items()))
     placements = getattr(entry.param, "placements", "replicas")
     if not isinstance(entry.adapter, FlatAdapter):  # only the ranks that have some of its elements know its step
         step = entry.state.get("step")
         told += f", step={0 if step is None else step.tolist()}"
-    return f"{entry.name} of shape {entry.shape}, {entry.param.dtype}, {placements}, {told}, window_elements={window}"
+    return f"{entry.name} of shape {entry.shape}, {entry.param.dtype}, {placements}, {told}"

@@ -100,8 +100,12 @@ class Located(Optimizer):
                 yield from entries
 
     def _entries_by_param(self) -> Iterator[tuple[Tensor, list[Entry]]]:
+        seen: set[str] = set()
         for i, group in enumerate(self.param_groups):
-            for name, param in zip(names_of(group, i), group["params"], strict=True):
+            for j, (name, param) in enumerate(zip(names_of(group, i), group["params"], strict=True)):
+                if name in seen:  # as of the named_parameters() of two modules; metrics and errors go by names
+                    name = f"{name} (#{j} of group {i})"
+                seen.add(name)
                 state = self.state.get(param, {})
                 if param in self._partitions:
                     yield param, list(self._partitions.entries(param, group, state))

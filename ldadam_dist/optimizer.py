@@ -21,7 +21,7 @@ from ldadam_dist.plan import WINDOW_ELEMENTS
 from ldadam_dist.replicas import Replicas, check_equal
 from ldadam_dist.rules import DEFAULT_RANK, dtype_name
 from ldadam_dist.runtime import during, start_anew
-from ldadam_dist.state import init_state, own_error, stored_error
+from ldadam_dist.state import check_own, init_state, own_error, stored_error
 from ldadam_dist.state_dicts import Loading, with_floating_errors
 
 
@@ -171,8 +171,8 @@ class LDAdamW(Inspectable):
             self.replicas, self._check_every, self._steps = Replicas(), 0, 0
             self._forget()
         for group in self.param_groups:
-            for name, value in self.defaults.items():
-                group.setdefault(name, value)
+            for name in self.defaults.keys() - {"differentiable"}:  # torch has put it there, but not in new groups
+                group.setdefault(name, self.defaults[name])
             self._note(group)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -240,7 +240,8 @@ class LDAdamW(Inspectable):
         with during(lambda: f"compared gradients with others, before the first matrix, {first_matrix(entries)}"):
             tensors = tuple(dict.fromkeys(id(entry.param) for entry in entries))
             if tensors not in self._agreed:
-                check_ranks_agree(entries, self._window)
+                settings = {"window_elements": self._window, "check_replicas_every": self._check_every}
+                check_ranks_agree(entries, settings | self.replicas.settings)
                 check_equal(entries)
                 self._agreed.add(tensors)
             overflowed = self._partitions.overflowed()
@@ -319,9 +320,12 @@ class LDAdamW(Inspectable):
         """Load what `own_errors` gave on as many replicas, after `load_state_dict`; on another number leave this out.
 
         Raises:
-            ValueError: other parameters, or another number of replicas; nothing has been loaded then.
+            ValueError: other parameters, another number of replicas, or another replica's part; nothing has been
+                loaded then.
         """
         expected = self.own_errors()
+        if errors and not expected:
+            raise ValueError("there are no errors to replace yet: expected load_state_dict before load_own_errors.")
         for name in expected.keys() | errors.keys():
             found, mine = (tuple(some[name].shape) if name in some else "nothing" for some in (errors, expected))
             if found != mine:
@@ -329,6 +333,8 @@ class LDAdamW(Inspectable):
                     f"the saved errors of replicas have {found} for parameter {name}: expected {mine}. Those of "
                     f"another number of replicas cannot be loaded: load_state_dict alone goes on from their mean."
                 )
+        for entry in self._own_errors():
+            check_own(entry, errors[entry.name])
         for entry in self._own_errors():
             local = entry.adapter.local(errors[entry.name])[0]
             self.state[entry.param].update(stored_error(entry, local.to(entry.adapter.local(entry.param).device)))

@@ -7,9 +7,9 @@ norm to clip by, and whether replicas still have the same weights.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ldadam_dist.entries import MISSING, Entry
 from ldadam_dist.layout import Axis
-from ldadam_dist.runtime import all_reduce, finish, maxima, ranks_of
+from ldadam_dist.runtime import all_reduce, finish, is_group, maxima, ranks_of
 
 SMALL = 2**20
 """Gradients of at most so many elements are copied into one vector, to be averaged by one call."""
@@ -30,13 +30,12 @@ class Replicas:
     Attributes:
         group: their process group. None: each process is by itself, but for DTensors whose mesh replicates them.
         averaged: whether their gradients are averaged before a step.
-        in_backward: ids of parameters whose gradients have been averaged in the last backward all the same
-            (`integrations.ddp`).
+        hooked: whether DDP averages gradients of parameters that AdamW steps all the same (`integrations.ddp`).
     """
 
     group: Any | None = None
     averaged: bool = True
-    in_backward: set[int] = field(default_factory=set)
+    hooked: bool = False
 
     @classmethod
     def chosen(cls, gradient_sync: str, process_group: Any | None, replicate_mesh: Any | None) -> Replicas:
@@ -47,6 +46,17 @@ class Replicas:
         """
         if gradient_sync not in ("full", "lowrank"):
             raise ValueError(f"gradient_sync={gradient_sync!r}: expected 'full' or 'lowrank'.")
+        if process_group is not None and not is_group(process_group):
+            raise ValueError(
+                f"process_group={process_group!r}: expected a process group that this process is in, such as "
+                f"torch.distributed.group.WORLD, model.process_group of DDP, or mesh['replicate'].get_group(); "
+                f"torch.distributed.new_group gives a number to processes that are not in it."
+            )
+        if replicate_mesh is not None and not hasattr(replicate_mesh, "get_group"):
+            raise ValueError(
+                f"replicate_mesh={replicate_mesh!r}: expected a DeviceMesh of one dimension, such as "
+                f"mesh['replicate']. A process group is given as process_group=."
+            )
         if replicate_mesh is not None:
             if gradient_sync == "full" or process_group is not None:
                 raise ValueError(
@@ -65,6 +75,11 @@ class Replicas:
                 "plain modules) or replicate_mesh= (HSDP, the mesh dimension over which fully_shard does not shard)."
             )
         return cls(process_group, gradient_sync == "full")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What must be the same on all ranks."""
+        return {"gradient_sync": "full" if self.averaged else "lowrank", "keep_matrices_local": self.hooked}
 
     def check(self, name: str, group: Mapping[str, Any]) -> None:
         """Raise ValueError for settings of a parameter's group that need the mean gradient whole."""
@@ -85,10 +100,10 @@ class Replicas:
         """
         under_way = []
         waiting = [e for e in entries if e.adapter.sync is not None and e.status != MISSING]
-        if all(id(entry.param) in self.in_backward for entry in waiting):
-            # All or none: after a backward under no_sync that uses other parameters on other replicas, they might not
-            # agree on each. The mean of what is averaged already is the same.
-            waiting = []
+        if self.hooked:
+            # What DDP has averaged has the same bits everywhere, and is its own mean. Nothing else tells it: a backward
+            # under no_sync, which may be one of some replicas only, or clipping may have changed it since.
+            waiting = [entry for _, _, differ in _differing(waiting, lambda e: e.grad) for entry in differ]
         for axis, parts in _coalesced(waiting):
             vector = parts[0].grad.contiguous() if len(parts) == 1 else torch.cat([e.grad.reshape(-1) for e in parts])
             reducing = all_reduce(vector.div_(axis.count), axis.group)
@@ -100,7 +115,6 @@ class Replicas:
             pieces = vector.view(-1).split([e.grad.numel() for e in parts])
             for entry, piece in zip(parts, pieces, strict=True):
                 entry.local_grad = piece.view(entry.grad.shape)
-        self.in_backward.clear()
 
     def mean_norm(self, norm: Tensor, norm_type: float) -> Tensor:
         """(mean ‖Gᵢ‖ᵖ)^(1/p) over replicas with gradients of their own: at least the norm of the mean gradient.
@@ -124,29 +138,52 @@ def check_equal(entries: Iterable[Entry]) -> None:
     Args:
         entries: all parameters.
     """
-    shared: dict[Axis, list[Entry]] = {}
-    for entry in entries:
-        if entry.adapter.sync is not None:
-            shared.setdefault(entry.adapter.sync, []).append(entry)
-    for axis, members in shared.items():
-        prints = torch.stack([_fingerprint(e.adapter.local(e.param)) for e in members])
-        both = maxima(torch.cat([prints, -prints]), axis.group)
-        differ = (both[: len(prints)] != -both[len(prints) :]).nonzero()
-        if len(differ):
+    for axis, members, differ in _differing(entries, lambda entry: entry.adapter.local(entry.param)):
+        if differ:
             raise RuntimeError(
                 f"replicas on ranks {ranks_of(axis.group)} differ in {len(differ)} of {len(members)} weights, first in "
-                f"{members[int(differ[0])].name}: expected the same bits. They must start with the same weights "
+                f"{differ[0].name}: expected the same bits. They must start with the same weights "
                 f"(DistributedDataParallel and torch.distributed.broadcast see to it), and nothing but the optimizer "
                 f"may change them."
             )
 
 
+def _differing(
+    entries: Iterable[Entry], tensor_of: Callable[[Entry], Tensor]
+) -> Iterator[tuple[Axis, list[Entry], list[Entry]]]:
+    """For each axis of replicas its entries, and those of which its replicas do not have the same bits; collective."""
+    shared: dict[Axis, list[Entry]] = {}
+    for entry in entries:
+        if entry.adapter.sync is not None:
+            shared.setdefault(entry.adapter.sync, []).append(entry)
+    for axis, members in shared.items():
+        prints = torch.stack([_fingerprint(tensor_of(entry)) for entry in members])
+        largest, negated_smallest = maxima(torch.cat([prints, -prints]), axis.group).chunk(2)
+        differ = (largest != -negated_smallest).tolist()
+        yield axis, members, [entry for entry, differs in zip(members, differ, strict=True) if differs]
+
+
 def _fingerprint(tensor: Tensor) -> Tensor:
-    """(), int64: a sum that changes if any bit changes, or if elements change places."""
+    """(), int64: another one, all but surely, if any bit changes or elements change places.
+
+    A sum of the words, each mixed with its place as SplitMix64 does (Steele, Lea, Flood 2014). Of the words as they are
+    it would miss whole families of changes: half of all multiples of a power of two, as of twice the weights.
+    """
     data = tensor.contiguous().view(-1).view(torch.uint8)
-    words = torch.nn.functional.pad(data, (0, -len(data) % 8)).view(torch.int64)
-    odd = torch.arange(len(words), device=words.device).mul_(2).add_(1).mul_(0x5851F42D4C957F2D)  # wraps around
-    return (words * odd).sum() // 2  # so that its negative is a number too
+    total = torch.zeros((), dtype=torch.int64, device=data.device)
+    for number, piece in enumerate(data.split(8 * WORDS)):
+        words = torch.nn.functional.pad(piece, (0, -len(piece) % 8)).view(torch.int64)
+        mixed = torch.arange(len(words), device=data.device).add_(number * WORDS + 1).mul_(_GOLDEN).add_(words)
+        for shift, factor in _MIXING:
+            mixed.bitwise_xor_((mixed >> shift) & (2 ** (64 - shift) - 1)).mul_(factor)  # all wraps around
+        total += mixed.sum()
+    return total // 2  # so that its negative is a number too
+
+
+WORDS = 2**20
+"""Words of eight bytes that are mixed at once, which bounds the memory it takes."""
+_GOLDEN = 0x9E3779B97F4A7C15 - 2**64
+_MIXING = ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64), (31, 1))
 
 
 def _coalesced(entries: Iterable[Entry]) -> Iterator[tuple[Axis, list[Entry]]]:

@@ -109,6 +109,12 @@ def own_error(entry: Entry) -> Tensor:
     return entry.adapter.as_own(floating_error(entry, entry.state).contiguous(), shape, entry.side)
 
 
+def check_own(entry: Entry, saved: Tensor) -> None:
+    """Raise ValueError if the errors of replicas that are to be loaded are not as `own_error` gives them."""
+    assert on_mesh(entry.adapter)
+    entry.adapter.check_own(f"the saved own error of parameter {entry.name}", saved, entry.side)
+
+
 def stored(entry: Entry, state: Mapping[str, Any]) -> dict[str, Any]:
     """The tensors of a state dict in the form in which this parameter's group keeps them, without `step`.
 

@@ -17,10 +17,8 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate
-from torch.nn.parallel import DistributedDataParallel
 
 from ldadam_dist import LDAdamW, Traffic, build_param_groups, clip_grad_norm_
-from ldadam_dist.integrations.ddp import keep_matrices_local
 
 SETTINGS = dict(lr=1e-2, rank=4, weight_decay=0.01)
 
@@ -234,34 +232,6 @@ def started_apart() -> None:
 
 def test_replicas_that_start_with_other_weights_are_refused() -> None:
     run_ranks(2, started_apart)
-
-
-def accumulated_without_sync() -> None:
-    """The last backward is under no_sync: DDP has averaged nothing of it, so the optimizer must."""
-    module, rank, count = models.tiny_llama(), dist.get_rank(), dist.get_world_size()
-    model, whole_model = DistributedDataParallel(module), models.tiny_llama()
-    optimizer = LDAdamW(module.parameters(), gradient_sync="lowrank", process_group=model.process_group, **SETTINGS)
-    other = LDAdamW(whole_model.parameters(), **SETTINGS)
-    keep_matrices_local(model, optimizer)
-    for step in range(6):
-        parts = models.llama_tokens(step).chunk(count)
-        models.llama_loss(model, parts[rank]).backward()
-        assert optimizer.replicas.in_backward == {id(param) for param in optimizer.vectors()}
-        if step % 2:
-            with model.no_sync():
-                models.llama_loss(model, parts[rank]).backward()
-            assert not optimizer.replicas.in_backward
-        for part in parts:
-            (models.llama_loss(whole_model, part) / count * (1 + step % 2)).backward()
-        for each in (optimizer, other):
-            each.step()
-            each.zero_grad()
-        for mine, theirs in zip(weights(module), weights(whole_model), strict=True):
-            assert (mine - theirs).abs().max() < 1e-10
-
-
-def test_what_ddp_has_not_averaged_the_optimizer_averages() -> None:
-    run_ranks(2, accumulated_without_sync)
 
 
 def one_replica_without_a_gradient() -> None:

@@ -201,3 +201,22 @@ def load_flattened(optimizer_name: str) -> str:
 def test_flattened_and_whole_is_torchs_own_limit(optimizer_name: str) -> None:
     """When this fails, torch has mended it, and docs/checkpoints.md can say so."""
     assert run_ranks(2, load_flattened, optimizer_name) == ["KeyError: 'param_groups.0.params.0'"] * 2
+
+
+def test_a_run_that_was_resumed_is_saved_and_resumed_again() -> None:
+    """torch adds a default to an optimizer that loads, of which a fresh one's groups know nothing."""
+    options = StateDictOptions(full_state_dict=True)
+    model = nn.Sequential(nn.Linear(8, 9), nn.Linear(9, 8))
+    optimizer = LDAdamW(model.named_parameters(), rank=2)
+    for _ in range(3):
+        model(torch.randn(4, 8)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        saved = get_optimizer_state_dict(model, optimizer, options=options)
+        other = nn.Sequential(nn.Linear(8, 9), nn.Linear(9, 8))
+        other.load_state_dict(model.state_dict())
+        fresh = LDAdamW(other.named_parameters(), rank=2)
+        assert saved["param_groups"][0].keys() == optimizer.param_groups[0].keys() == fresh.param_groups[0].keys()
+        set_optimizer_state_dict(other, fresh, saved, options=options)
+        assert differing(model, optimizer, other, fresh) == []
+        model, optimizer = other, fresh

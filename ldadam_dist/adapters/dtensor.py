@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Shard
 
-from ldadam_dist.adapters.placements import mesh_dims_by_tensor_dim
+from ldadam_dist.adapters.placements import check_part, mesh_dims_by_tensor_dim
 from ldadam_dist.layout import WHOLE, Axis, Bounds, MatrixLayout, cut
 
 MeshDims = tuple[int, ...]
@@ -193,19 +193,16 @@ class MeshAdapter:
             mesh, placements = param.device_mesh, param.placements
         else:
             return
-        saved, position, here = state.device_mesh, state.device_mesh.get_coordinate(), mesh.get_coordinate()
-        same_mesh = torch.equal(saved.mesh, mesh.mesh) and tuple(state.placements) == tuple(placements)
-        # Names of mesh dimensions may differ, and so may the replica.
-        cut = [dim for dim, placement in enumerate(placements) if not placement.is_replicate()]
-        if same_mesh and position and here and all(position[dim] == here[dim] for dim in cut):
-            return
-        saver = int(saved.mesh[tuple(position)]) if position is not None else "of another mesh"
-        raise ValueError(
-            f"{what} is the part that rank {saver} had of it on a mesh {tuple(saved.shape)} with placements "
-            f"{state.placements}: expected that of rank {dist.get_rank()} on {tuple(mesh.shape)} with {placements}. "
-            f"torch.save keeps only the part of the rank that saves: use torch.distributed.checkpoint, or under DDP an "
-            f"LDAdamW without process_group=."
-        )
+        check_part(what, state, mesh, placements)
+
+    def check_own(self, what: str, error: Tensor, side: str) -> None:
+        """Raise ValueError if errors of replicas, as of `as_own`, are not laid out so or not this process's part."""
+        if not isinstance(error, DTensor):
+            raise ValueError(
+                f"{what} is a plain tensor: expected a DTensor as own_errors() gives, of which each process has its "
+                f"part. Save and load them with torch.distributed.checkpoint."
+            )
+        check_part(what, error, *self._place_cut([self._sync, *self._cuts("own error", side)[1 - error.ndim :]]))
 
     def new_moment(self, param: Tensor, dtype: torch.dtype) -> Tensor:
         """A new moment of AdamW, of zeros, like the parameter."""

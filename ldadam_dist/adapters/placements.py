@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Placement, Replicate, Shard, _StridedShard
 
 
@@ -38,6 +42,23 @@ def mesh_dims_by_tensor_dim(
         else:
             raise ValueError(f"placement {placement}: expected Shard(dim) or Replicate() for a parameter")
     return [tuple(cut) for cut in cuts], tuple(replicas)
+
+
+def check_part(what: str, state: DTensor, mesh: DeviceMesh, placements: Sequence[Placement]) -> None:
+    """Raise ValueError if a tensor that is to be loaded is laid out otherwise, or another process's part."""
+    saved, position, here = state.device_mesh, state.device_mesh.get_coordinate(), mesh.get_coordinate()
+    same_mesh = torch.equal(saved.mesh, mesh.mesh) and tuple(state.placements) == tuple(placements)
+    # Names of mesh dimensions may differ, and so may the replica.
+    cut = [dim for dim, placement in enumerate(placements) if not placement.is_replicate()]
+    if same_mesh and position and here and all(position[dim] == here[dim] for dim in cut):
+        return
+    saver = int(saved.mesh[tuple(position)]) if position is not None else "of another mesh"
+    raise ValueError(
+        f"{what} is the part that rank {saver} had of it on a mesh {tuple(saved.shape)} with placements "
+        f"{state.placements}: expected that of rank {dist.get_rank()} on {tuple(mesh.shape)} with {placements}. "
+        f"torch.save keeps only the part of the rank that saves: use torch.distributed.checkpoint, or under DDP an "
+        f"LDAdamW without process_group=."
+    )
 
 
 def _after(split_factor: int, sizes: Sequence[int], placement: Placement) -> int:

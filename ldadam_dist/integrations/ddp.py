@@ -18,16 +18,16 @@ from ldadam_dist.optimizer import LDAdamW
 def keep_matrices_local(model: DistributedDataParallel, optimizer: LDAdamW) -> None:
     """Have backward average only the gradients of parameters that AdamW steps, or that the optimizer does not have.
 
-    Call it once, before the first backward. Those of projected matrices stay each replica's own: the optimizer
-    averages their contractions. `no_sync()` is for accumulation as ever: what a last backward under it has not
-    averaged the optimizer averages in its step.
+    Call it once on every rank, before the first backward. Those of projected matrices stay each replica's own: the
+    optimizer averages their contractions. `no_sync()` is for accumulation as ever: when the optimizer steps, it
+    averages what is not the same on all replicas.
 
     Args:
         model: wraps the module whose parameters the optimizer has.
         optimizer: built with gradient_sync="lowrank" over the model's process group.
 
     Raises:
-        ValueError: no DistributedDataParallel, another optimizer, or another process group.
+        ValueError: no DistributedDataParallel, another optimizer, another process group, or another model's parameters.
     """
     if not isinstance(model, DistributedDataParallel):
         raise ValueError(f"keep_matrices_local got a {type(model).__name__}: expected DistributedDataParallel.")
@@ -42,42 +42,45 @@ def keep_matrices_local(model: DistributedDataParallel, optimizer: LDAdamW) -> N
             f"DistributedDataParallel has replicas on ranks {theirs}, the optimizer on {ours}: expected the same. "
             f"Build LDAdamW with process_group=model.process_group."
         )
-    hook = _Hook(model.process_group, optimizer)
+    hook = _Hook(model.process_group, optimizer.matrices())
+    if not any(id(param) in hook.matrices for param in model.parameters()):
+        raise ValueError(
+            "keep_matrices_local got a model with none of the optimizer's matrices: expected the optimizer of this "
+            "model, built with its parameters as they are now."
+        )
     model.register_comm_hook(hook, _Hook.reduce)
+    optimizer.replicas.hooked = True
 
 
 class _Hook:
-    """Which gradients DDP averages, and what it has averaged since the last step."""
+    """Has DDP average the gradients of all but these parameters.
 
-    def __init__(self, group: Any, optimizer: LDAdamW) -> None:
-        self._group, self._size = group, dist.get_world_size(group)
-        self._averaged = averaged = optimizer.replicas.in_backward
-        self._matrices = optimizer.matrices()
-        for param in optimizer.vectors():  # a backward adds to a gradient, and then DDP averages it, or not
-            param.register_post_accumulate_grad_hook(lambda param: averaged.discard(id(param)))
+    Args:
+        group: process group.
+        matrices: ids of the parameters whose gradients stay.
+    """
+
+    def __init__(self, group: Any, matrices: set[int]) -> None:
+        self._group, self._size, self.matrices = group, dist.get_world_size(group), matrices
 
     def reduce(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
         """The communication hook."""
         buffer: Tensor = bucket.buffer()
-        others = [
-            (param, grad)
-            for param, grad in zip(bucket.parameters(), bucket.gradients(), strict=True)
-            if id(param) not in self._matrices
-        ]
+        both = zip(bucket.parameters(), bucket.gradients(), strict=True)
+        others = [grad for param, grad in both if id(param) not in self.matrices]
         if not others:
             done: torch.futures.Future[Tensor] = torch.futures.Future(
                 devices=[buffer.device] if buffer.device.type == "cuda" else None
             )
             done.set_result(buffer)
             return done
-        self._averaged.update(id(param) for param, _ in others)
-        vector = torch.cat([grad.reshape(-1) for _, grad in others]).div_(self._size)
+        vector = torch.cat([grad.reshape(-1) for grad in others]).div_(self._size)
         reducing = dist.all_reduce(vector, group=self._group, async_op=True)
         assert reducing is not None
 
         def put_back(_: torch.futures.Future[Any]) -> Tensor:
-            pieces = vector.split([grad.numel() for _, grad in others])
-            for (_, grad), piece in zip(others, pieces, strict=True):
+            pieces = vector.split([grad.numel() for grad in others])
+            for grad, piece in zip(others, pieces, strict=True):
                 grad.copy_(piece.view_as(grad))
             return buffer
 

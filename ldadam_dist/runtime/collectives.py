@@ -184,6 +184,11 @@ def gather_objects(mine: Any, group: Any) -> list[Any]:
     return found
 
 
+def is_group(group: Any) -> bool:
+    """Whether it is a process group that this process is in."""
+    return dist.is_available() and isinstance(group, dist.ProcessGroup)
+
+
 def ranks_of(group: Any) -> list[int]:
     """Global ranks of a group's members."""
     return dist.get_process_group_ranks(group)
