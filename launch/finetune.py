@@ -124,13 +124,17 @@ def _deepspeed(path: Any, on_cpu: bool) -> Any:
     """DeepSpeed's JSON, without the optimizer that it names: that is the run's."""
     if not path and not _asked_for("DEEPSPEED"):
         return path
-    from launch.zero import prepare_deepspeed, read_json
+    from launch.zero import prepare_deepspeed, read_json, refuse_misspelt
 
     prepare_deepspeed(int(os.environ.get("LOCAL_RANK", 0)), on_cpu)
     if not path:
         return path
     settings = read_json(path)
-    for name, value in settings.pop("optimizer", {}).get("params", {}).items():
+    refuse_misspelt(settings, path)
+    optimizer = settings.pop("optimizer", {})
+    params = optimizer.get("params", {}) if isinstance(optimizer, dict) else None
+    expect(isinstance(params, dict), f"deepspeed={path}: optimizer is {optimizer!r}: expected a section with params")
+    for name, value in params.items():
         expect(
             value == "auto", f"deepspeed={path}: optimizer.params.{name} is {value!r}, the run sets it: write 'auto'"
         )

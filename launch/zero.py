@@ -6,6 +6,7 @@ The JSON is as Hugging Face's Trainer takes it: "auto" stands for what the run's
 from __future__ import annotations
 
 import copy
+import difflib
 import json
 import logging
 import math
@@ -30,6 +31,13 @@ FREE_ON_RESUME = {"train_batch_size", "train_micro_batch_size_per_gpu", "gradien
 OPTIMIZERS = {"ldadamw": ("LDAdamW",), "adamw": ("LDAdamW", "AdamW")}
 """What the JSON may name for a run's optimizer. AdamW is built with LDAdamW's groups, and not from the JSON."""
 
+SECTIONS = set(
+    "zero_optimization activation_checkpointing flops_profiler comms_logger tensorboard wandb csv_monitor comet "
+    "compile aio amp elasticity autotuning hybrid_engine pipeline curriculum_learning data_efficiency "
+    "compression_training tensor_parallel timers nebula zenflow communication_options".split()
+)
+"""Of DeepSpeed's JSON, those that are not among its constants."""
+
 
 class ZeroEngine(Engine):
     """A DeepSpeed engine; its checkpoints need as many ranks and the same JSON, or a conversion (launch/crossing.py).
@@ -50,6 +58,7 @@ class ZeroEngine(Engine):
 
         from ldadam_dist.integrations.deepspeed import initialize
 
+        refuse_misspelt(settings, str(config.model.deepspeed))
         settings = copy.deepcopy(settings)
         settings["checkpoint"]["load_universal"] = universal
         try:
@@ -181,10 +190,25 @@ def fill(settings: dict[str, Any], name: str, value: Any, option: str, path: str
 def read_json(path: str) -> dict[str, Any]:
     try:
         settings = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except OSError as error:
+        raise ConfigError(f"deepspeed={path} cannot be read: {error.strerror}") from error
+    except ValueError as error:  # also of bytes that are not UTF-8
         raise ConfigError(f"deepspeed={path} is not JSON: {error}") from error
     expect(isinstance(settings, dict), f"deepspeed={path}: expected an object, found {type(settings).__name__}")
     return settings
+
+
+def refuse_misspelt(settings: Mapping[str, Any], path: str) -> None:
+    """Refuse keys that look like one of DeepSpeed's: it reads those that it knows, and says nothing of others.
+
+    Within most sections it looks for itself. DeepSpeed must be imported already (`prepare_deepspeed`).
+    """
+    from deepspeed.runtime import constants
+
+    known = {value for value in vars(constants).values() if isinstance(value, str)} | SECTIONS
+    for key in settings.keys() - known:
+        close = difflib.get_close_matches(key, known, 1, cutoff=0.8)
+        expect(not close, f"deepspeed={path}: unknown key {key!r}: did you mean {''.join(close)!r}?")
 
 
 def leaves(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

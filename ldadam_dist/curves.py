@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import io
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,9 @@ _MEASURED = {
     "ldadamw/captured_energy": "captured energy",
 }
 """What --metrics_every has added to the records; docs/metrics.md says what it is."""
+
+_PLACES = {"tokens", "elapsed_seconds", "step"}
+_NUMBERS = {*_PLACES, "loss", "val_loss", *_MEASURED}
 
 
 def read_log(path: Path) -> list[Record]:
@@ -47,8 +51,18 @@ def read_runs(paths: Sequence[Path]) -> dict[str, list[Record]]:
             raise ValueError(f"no log of a run: {error}; expected folders with {LOG_FILE}, or such files.") from None
         if not records or not all(isinstance(record, dict) and {"tokens", "loss"} <= set(record) for record in records):
             raise ValueError(f"{path} is no log of launch/pretrain.py: expected lines of JSON with tokens and loss.")
+        for line, record in enumerate(records, start=1):
+            for key in _NUMBERS & record.keys():
+                if not _is_number(record[key], key):
+                    raise ValueError(f"{path}, line {line}: {key} is {record[key]!r}, expected a number.")
         found[name] = records
     return found
+
+
+def _is_number(value: Any, key: str) -> bool:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return value is None and key not in _PLACES
+    return math.isfinite(value) or key not in _PLACES  # a run may diverge
 
 
 def _names(folders: Sequence[Path]) -> list[str]:

@@ -178,8 +178,38 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "no checkpoint": (["convert", "nowhere", "there"], "nowhere"),
     "misspelt conversion": (["convert", "nowhere", "--too", "dcp"], "--too"),
     "misspelt option of preflight": (["preflight", "--nonsense"], "nonsense"),
+    "two ranks for one name": (["plan", MODEL, "--rank-pattern", "down_proj=8,down_proj=16"], "has two ranks"),
+    "too many ranks": (["plan", MODEL, "--ranks", "100000000"], "expected at most 131,072"),
+    "errors in other gradients": (["plan", MODEL, "--error-in-grad", "--grad-dtype", "float32"], "weights' dtype"),
     "no time": (["doctor", "--timeout", "0"], "timeout"),
+    "no number of seconds": (["doctor", "--timeout", "nan"], "timeout"),
+    "an endless preflight": (["preflight", "--timeout", "inf"], "--timeout=inf: expected a number from"),
+    "vectors of no size": (["preflight", "--size", "nan"], "--size=nan: expected a number from"),
+    "less than nothing free": (["preflight", "--min-free", "-1"], "--min-free=-1"),
+    "a negative bandwidth": (["preflight", "--min-bandwidth", "-1"], "--min-bandwidth=-1"),
+    "a clock that is never wrong": (["preflight", "--max-clock-offset", "nan"], "--max-clock-offset=nan"),
+    "a slower link that is quicker": (["preflight", "--max-slowdown", "0.5"], "--max-slowdown=0.5"),
 }
+
+
+@pytest.mark.parametrize("suffix", ["png", "html"])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("tokens", [1, 2]), ("tokens", None), ("tokens", math.nan), ("loss", "y"), ("loss", True), ("val_loss", "x")),
+        *(("elapsed_seconds", "x"), ("ldadamw/error_norm", "bad"), ("step", {})),
+    ],
+)
+def test_a_log_of_other_things_than_numbers_is_one_line(
+    key: str, value: object, suffix: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    good = {"step": 1, "tokens": 10, "loss": 2.0, "elapsed_seconds": 0.5}
+    lines = [good, good | {"loss": math.nan, "val_loss": None}, good | {key: value}]
+    (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    code, _, err = run(capsys, "plot", str(tmp_path), "-o", str(tmp_path / f"curves.{suffix}"))
+    assert code == 2
+    assert err == f"error: {tmp_path}, line 3: {key} is {value!r}, expected a number.\n"
+    assert not (tmp_path / f"curves.{suffix}").exists()
 
 
 @pytest.mark.parametrize("what", WRONG)

@@ -257,6 +257,7 @@ def test_settings_come_from_the_arguments(tmp_path: Path) -> None:
         ({"optim_args": "error_feedback=maybe"}, "expected true or false"),
         ({"optim_args": "rank_pattern=down:4"}, "write optimizer_cls_and_kwargs(args, rank_pattern=...)"),
         ({"optim_args": "update_proj_gap=200"}, "'update_proj_gap' is an argument of GaLore or APOLLO"),
+        ({"optim": "adamw_torch_8bit"}, "optim='adamw_torch_8bit' in the training arguments asks for another"),
         ({"optim": "galore_adamw"}, "optim='galore_adamw' in the training arguments asks for another optimizer"),
         ({"optim": "adafactor"}, "leave optim out"),
         ({"optim_target_modules": "all-linear", "optim_args": "include=mlp"}, "say the same: give one of them"),

@@ -119,6 +119,8 @@ def plan(
     limit = None if gpu_memory is None else o.parse_memory(gpu_memory)
     dtype = o.dtype_of("--param-dtype", param_dtype)
     gradients = dtype if grad_dtype is None else o.dtype_of("--grad-dtype", grad_dtype)
+    if error_in_grad and gradients != dtype:
+        raise ValueError(f"--error-in-grad with --grad-dtype {grad_dtype}: expected gradients of the weights' dtype.")
     groups = {**o.group_options(rank_pattern, include, exclude, convolutions), "proj_type": proj_type}
     stored = {"error_feedback": not no_error_feedback, "error_dtype": error_dtype, "state_dtype": state_dtype}
     more = {"error_in_grad": error_in_grad, "communication": communication, "window_elements": window_elements}
@@ -205,9 +207,7 @@ def convert(context: typer.Context) -> None:
 @app.command(short_help="Is the installation sound?")
 def doctor(
     quick: Annotated[bool, typer.Option("--quick", help="Leave out the two processes.")] = False,
-    timeout: Annotated[
-        float, typer.Option(help="Seconds that the two processes may take.", metavar="SECONDS", min=1)
-    ] = 60,
+    timeout: Annotated[float, typer.Option(help="Seconds that the two processes may take.", metavar="SECONDS")] = 60,
 ) -> None:
     """Is the installation sound? Versions, two steps on every device here, and two processes against one.
 
@@ -219,6 +219,8 @@ def doctor(
     """
     from ldadam_dist.cli.doctor import examine
 
+    if not 1 <= timeout <= 1e6:  # false for NaN
+        raise ValueError(f"--timeout {timeout:g}: expected seconds from 1 to 1000000.")
     raise typer.Exit(0 if examine(typer.echo, quick=quick, timeout=timeout) else 1)
 
 

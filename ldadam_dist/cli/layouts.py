@@ -66,6 +66,10 @@ class Layout:
         return f"{name} on {self.ranks} rank{'s' if self.ranks > 1 else ''}" + (f" ({mesh})" if split else "")
 
 
+MOST_RANKS = 2**17
+"""A plan looks at every one of them."""
+
+
 def parse_layout(sharding: str | None, ranks: int | None, mesh: str | None, gradient_sync: str = "full") -> Layout:
     """The layout that the options ask for.
 
@@ -103,6 +107,8 @@ def parse_layout(sharding: str | None, ranks: int | None, mesh: str | None, grad
         raise ValueError(f"--gradient-sync {gradient_sync}: expected full or lowrank.")
     if gradient_sync == "lowrank" and sharding not in ("ddp", "hsdp"):
         raise ValueError(f"--gradient-sync lowrank with --sharding {sharding}, without replicas: expected ddp or hsdp.")
+    if math.prod(axes.values()) > MOST_RANKS:
+        raise ValueError(f"{math.prod(axes.values()):,} ranks: expected at most {MOST_RANKS:,}.")
     return Layout(sharding, **axes, gradient_sync=gradient_sync)
 
 

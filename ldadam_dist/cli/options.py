@@ -85,6 +85,8 @@ def parse_ranks(text: str) -> dict[str, int]:
         name, _, rank = item.rpartition("=")
         if not name or not rank.strip().isdecimal():
             raise ValueError(f"--rank-pattern {text}: expected names with ranks, such as down_proj=64,o_proj=32.")
+        if name.strip() in found:
+            raise ValueError(f"--rank-pattern {text}: {name.strip()} has two ranks, expected one.")
         found[name.strip()] = int(rank)
     return found
 

@@ -155,7 +155,7 @@ def unwrap(optimizer: Any) -> LDAdamW:
 
 def _refuse_other_optimizers(args: Any) -> None:
     name = str(getattr(args.optim, "value", args.optim))
-    if not name.startswith("adamw_torch"):
+    if not name.startswith("adamw_torch") or name.endswith("bit"):  # adamw_torch_8bit is torchao's
         raise ValueError(
             f"optim={name!r} in the training arguments asks for another optimizer, which the Trainer would not use: "
             "leave optim out to train with LDAdamW."

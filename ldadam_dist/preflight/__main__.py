@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -56,10 +57,22 @@ def parse(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
     )
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     options = parser.parse_args(arguments)
-    for name in ("timeout", "size", "max_slowdown"):
-        if getattr(options, name) <= 0:
-            parser.error(f"--{name.replace('_', '-')}={getattr(options, name)}: expected a positive number")
+    for name, (least, most) in _BOUNDS.items():
+        value = getattr(options, name)
+        if not least <= value <= most:  # false for NaN
+            parser.error(f"--{name.replace('_', '-')}={value}: expected a number from {least:g} to {most:g}")
     return options
+
+
+_BOUNDS = {
+    "timeout": (1e-3, 1e6),
+    "size": (1e-3, 2**16),
+    "min_bandwidth": (0, 1e6),
+    "max_slowdown": (1, math.inf),
+    "min_free": (0, 1e9),
+    "max_clock_offset": (0, math.inf),
+}
+"""Least and largest values of the options, in their units."""
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = PROG) -> int:

@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 import torch
-from distributed import run_like_torchrun
+from distributed import run_like_torchrun, run_ranks
 from test_pretrain import assert_same_curves, interrupted
 
 from launch.config import REPOSITORY, ConfigError, parse_config
 from launch.distributed import World
 from launch.pretrain import main as pretrain
 from launch.runlog import read_log
-from launch.zero import ZeroEngine, leaves, zero_settings
+from launch.zero import ZeroEngine, leaves, prepare_deepspeed, read_json, refuse_misspelt, zero_settings
 from ldadam_dist.convert import convert
 
 pytest.importorskip("deepspeed")
@@ -228,10 +228,31 @@ def test_settings_that_do_not_fit_are_refused(changed: dict[str, Any], named: st
     assert named in str(refused.value)
 
 
+def misspelt() -> None:
+    prepare_deepspeed(0, on_cpu=True)
+    for path in FOLDER.glob("*.json"):
+        refuse_misspelt(json.loads(path.read_text()), path.name)
+    refuse_misspelt({"tensorboard": {}, "our_own_notes": "", "compile": {}, "bf16": {}}, "zero.json")
+    for key, meant in {
+        "gradient_cliping": "gradient_clipping",
+        "zero_optimisation": "zero_optimization",
+        "bf_16": "bf16",
+    }.items():
+        with pytest.raises(ConfigError, match=f"zero.json: unknown key '{key}': did you mean '{meant}'"):
+            refuse_misspelt({"train_batch_size": 16, key: 0.5}, "zero.json")
+
+
+def test_misspelt_keys_are_refused() -> None:
+    """In a process of its own: importing DeepSpeed changes an environment that others read."""
+    run_ranks(1, misspelt)
+
+
 def test_files_that_cannot_be_read_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "broken.json").write_text("{")
-    with pytest.raises(ConfigError, match="is not JSON"):
-        zero_settings(parse_config(["--deepspeed", str(tmp_path / "broken.json")]), TWO_RANKS, 8)
+    (tmp_path / "bytes.json").write_bytes(b"\xff\xfe{")
+    for name, said in (("broken.json", "is not JSON"), ("bytes.json", "is not JSON"), ("", "cannot be read: Is a dir")):
+        with pytest.raises(ConfigError, match=said):
+            read_json(str(tmp_path / name))
     refused = {
         ("--deepspeed", str(tmp_path / "none.json")): "no such file",
         (*under("zero2"), "--parallel", "ddp"): "parallel=ddp and deepspeed=",
