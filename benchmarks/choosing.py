@@ -35,7 +35,7 @@ GRID: tuple[Settings, ...] = (
     *(START | {"rank": rank, "lr": lr} for lr in (RATES[1], RATES[0], RATES[2]) for rank in RANKS),
     *(START | {"rho": rho} for rho in ("0.5", "0.97")),
     START | {"lr_other": "2.5e-3"},
-    *({"optimizer": "adamw", "lr": lr, "lr_other": "1e-2"} for lr in RATES),
+    *({"optimizer": "adamw", "lr": lr, "lr_other": "1e-2"} for lr in ("5e-4", *RATES)),
     {"optimizer": "adamw", "lr": "1e-3", "lr_other": "2.5e-3"},
 )
 """All ranks at all rates, then one change at a time from `START`; AdamW in the same groups, to compare."""
