@@ -86,9 +86,13 @@ def strike_at_old(path: Path, *_: Any) -> None:
         strike()
 
 
-def hang(*_: Any) -> None:
-    """As on a disk that does not answer."""
-    if is_time():
+def hang(temporary: Path, *_: Any) -> None:
+    """As on a disk that does not answer.
+
+    The checkpoint before may still be written in that step: if it hung, the training would wait for it, and never come
+    to where it fails.
+    """
+    if is_time() and f".step_{AT_STEP:06d}." in temporary.name:
         hangs.set()
         time.sleep(3600)
 
