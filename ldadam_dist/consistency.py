@@ -67,9 +67,10 @@ def _line(entry: Entry, common: Mapping[str, Any]) -> str:
     settings = {key: entry.group[key] for key in _SETTINGS}
     settings["lr"] = float(settings["lr"])
     settings["betas"] = tuple(float(beta) for beta in settings["betas"])
-    told = ", ".join(f"{key}={value!r}" for key, value in (*settings.items(), *common.items()))
+    told = ", ".join(f"{key}={value!r}" for key, value in settings.items())
+    shared = ", ".join(f"{key}={value!r}" for key, value in common.items())
     placements = getattr(entry.param, "placements", "replicas")
     if not isinstance(entry.adapter, FlatAdapter):  # only the ranks that have some of its elements know its step
         step = entry.state.get("step")
         told += f", step={0 if step is None else step.tolist()}"
-    return f"{entry.name} of shape {entry.shape}, {entry.param.dtype}, {placements}, {told}"
+    return f"{entry.name} of shape {entry.shape}, {entry.param.dtype}, {placements}, {told}, {shared}"

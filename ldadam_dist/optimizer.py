@@ -240,8 +240,8 @@ class LDAdamW(Inspectable):
         with during(lambda: f"compared gradients with others, before the first matrix, {first_matrix(entries)}"):
             tensors = tuple(dict.fromkeys(id(entry.param) for entry in entries))
             if tensors not in self._agreed:
-                settings = {"window_elements": self._window, "check_replicas_every": self._check_every}
-                check_ranks_agree(entries, settings | self.replicas.settings)
+                settings = {"check_replicas_every": self._check_every, "window_elements": self._window}
+                check_ranks_agree(entries, self.replicas.settings | settings)
                 check_equal(entries)
                 self._agreed.add(tensors)
             overflowed = self._partitions.overflowed()
