@@ -207,8 +207,8 @@ def refuse_misspelt(settings: Mapping[str, Any], path: str) -> None:
 
     known = {value for value in vars(constants).values() if isinstance(value, str)} | SECTIONS
     for key in settings.keys() - known:
-        close = difflib.get_close_matches(key, known, 1, cutoff=0.8)
-        expect(not close, f"deepspeed={path}: unknown key {key!r}: did you mean {''.join(close)!r}?")
+        if near := difflib.get_close_matches(key, known, n=1, cutoff=0.8):
+            raise ConfigError(f"deepspeed={path}: unknown key {key!r}: did you mean {near[0]!r}?")
 
 
 def leaves(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

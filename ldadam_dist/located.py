@@ -85,10 +85,6 @@ class Located(Optimizer):
         """ids of the parameters that are projected."""
         return {id(entry.param) for entry in self._entries() if entry.matrices is not None}
 
-    def vectors(self) -> list[Tensor]:
-        """The parameters that AdamW steps."""
-        return [entry.param for entry in self._entries() if entry.matrices is None]
-
     def _entries(self, whole_engine: bool = False) -> Iterator[Entry]:
         """Trainable parameters; `whole_engine`: also those whose flat tensors an engine is not stepping just now."""
         if whole_engine and self._partitions:

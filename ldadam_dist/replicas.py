@@ -52,12 +52,12 @@ class Replicas:
                 f"torch.distributed.group.WORLD, model.process_group of DDP, or mesh['replicate'].get_group(); "
                 f"torch.distributed.new_group gives a number to processes that are not in it."
             )
-        if replicate_mesh is not None and not hasattr(replicate_mesh, "get_group"):
-            raise ValueError(
-                f"replicate_mesh={replicate_mesh!r}: expected a DeviceMesh of one dimension, such as "
-                f"mesh['replicate']. A process group is given as process_group=."
-            )
         if replicate_mesh is not None:
+            if not hasattr(replicate_mesh, "get_group"):
+                raise ValueError(
+                    f"replicate_mesh={replicate_mesh!r}: expected a DeviceMesh of one dimension, such as "
+                    f"mesh['replicate']. A process group is given as process_group=."
+                )
             if gradient_sync == "full" or process_group is not None:
                 raise ValueError(
                     "replicate_mesh= names the replicas whose gradients are averaged as factors: expected it with "
