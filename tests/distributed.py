@@ -17,9 +17,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-HANG_LIMIT = 150.0
-"""Seconds after which ranks that are still running are killed and the test fails."""
+HANG_LIMIT = 600.0
+"""Seconds after which ranks that are still running are killed and the test fails; for hangs, not for slow machines."""
 
 _context = multiprocessing.get_context("forkserver")
 # Imported once, so that a rank starts in a moment; what is not installed is passed over.
@@ -66,6 +69,14 @@ def run_failing(world_size: int, function: Callable[..., Any], *args: Any, timeo
         assert None not in codes, f"exit codes of the ranks (None: still running): {codes}"
         paths = [Path(folder) / f"error-{rank}" for rank in range(world_size)]
         return [path.read_text() if path.exists() else None for path in paths]
+
+
+def local(tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """This rank's part, and where it begins; gathering it here would cost more than the training."""
+    if not isinstance(tensor, DTensor):
+        return tensor.detach().clone(), (0,) * tensor.ndim
+    _, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return tensor.to_local().detach().clone(), tuple(offsets)
 
 
 def once(function: Callable[..., Any]) -> Callable[..., Any]:

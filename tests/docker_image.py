@@ -37,7 +37,7 @@ from packaging.requirements import Requirement
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SKIPPED = 77
-LIMIT = 420
+LIMIT = 900
 """Seconds for whatever must come to an end; the slowest is the build."""
 SUITE, PYTHON = "bookworm", "3.11"
 MIRROR = "http://deb.debian.org/debian"

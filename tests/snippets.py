@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-TIME_LIMIT = 240.0
+TIME_LIMIT = 600.0
 """Seconds after which a command and all that it started are killed."""
 
 ACCELERATE_ON_CPUS = """

@@ -155,7 +155,7 @@ def root() -> Iterator[Path]:
 
 @once
 def saved(root: Path) -> dict[str, Weights]:
-    found: dict[str, Weights] = run_ranks(2, save_all, str(root), timeout=300)[0]
+    found: dict[str, Weights] = run_ranks(2, save_all, str(root))[0]
     for name in found:
         if name.startswith("ZeRO"):
             convert(root / name, root / name / "dcp")
@@ -167,7 +167,7 @@ def saved(root: Path) -> dict[str, Weights]:
 @once
 def loaded(root: Path, ranks: int) -> dict[str, Weights]:
     saved(root)
-    found: dict[str, Weights] = run_ranks(ranks, load_all, str(root), ranks, timeout=300)[0]
+    found: dict[str, Weights] = run_ranks(ranks, load_all, str(root), ranks)[0]
     return found
 
 

@@ -33,7 +33,7 @@ def train_all() -> dict[str, dict[str, object]]:
 
 @once
 def on_device() -> list[dict[str, dict[str, object]]]:
-    found: list[dict[str, dict[str, object]]] = run_ranks(1, train_all, timeout=400, backend=BACKEND)
+    found: list[dict[str, dict[str, object]]] = run_ranks(1, train_all, backend=BACKEND)
     return found
 
 

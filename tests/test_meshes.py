@@ -124,7 +124,7 @@ def train(
     [pytest.param(*run, id="-".join(map(str, run)), marks=[pytest.mark.slow] if run[0] == 8 else []) for run in RUNS],
 )
 def test_every_placement_equals_one_process(world_size: int, mesh: tuple[int, ...], communication: str) -> None:
-    found = run_ranks(world_size, train, mesh, communication, torch.float64, timeout=300)
+    found = run_ranks(world_size, train, mesh, communication, torch.float64)
     worst = {name: max(rank[name] for rank, _ in found) for name in found[0][0]}
     assert {name: value for name, value in worst.items() if not value <= 1e-10} == {}
     for name, (shape, _, side) in cases(mesh).items():  # every state is held once

@@ -187,7 +187,7 @@ def bytes_of_a_small_llama(dtype: torch.dtype) -> dict[str, tuple[Shape, int, in
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_real_ranks_hold_each_element_once(dtype: torch.dtype) -> None:
-    found = run_ranks(4, bytes_of_a_small_llama, dtype, timeout=60)
+    found = run_ranks(4, bytes_of_a_small_llama, dtype)
     item, state = dtype.itemsize, 8 if dtype == torch.float64 else 4
     for name, (shape, _, total) in found[0].items():
         m, n = sorted(shape) if len(shape) == 2 else (0, 0)

@@ -250,7 +250,7 @@ def measured_under_zero(stages: list[int], options: dict[str, Any]) -> list[int]
 def test_memory_under_zero_is_that_of_a_real_engine(options: dict[str, Any]) -> None:
     pytest.importorskip("deepspeed")
     stages = [1, 2, 3]
-    found = run_ranks(2, measured_under_zero, stages, options, timeout=400)[0]
+    found = run_ranks(2, measured_under_zero, stages, options)[0]
     stored = {key: value for key, value in options.items() if key != "rank"}
     for stage, held in zip(stages, found, strict=True):
         path = MODELS / "llama_9m.json"

@@ -13,12 +13,11 @@ import models
 import pytest
 import torch
 import torch.distributed as dist
-from distributed import once, run_ranks
+from distributed import local, once, run_ranks
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
@@ -160,14 +159,6 @@ def parallelize(model: nn.Module, mesh: DeviceMesh, sequence: bool) -> None:
     parallelize_module(model, mesh, plan)
 
 
-def local(tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-    """This rank's part, and where it begins; gathering it here would cost more than the training."""
-    if not isinstance(tensor, DTensor):
-        return tensor.detach().clone(), (0,) * tensor.ndim
-    _, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-    return tensor.to_local().detach().clone(), tuple(offsets)
-
-
 def train_all(world_size: int) -> dict[str, History]:
     return {str(case): train(case, single=False) for case in cases(world_size)}
 
@@ -180,7 +171,7 @@ def in_one_process(model: str, settings: Settings, dtype: torch.dtype) -> Histor
 @once
 def sharded(world_size: int) -> list[dict[str, History]]:
     """What each rank saw."""
-    found: list[dict[str, History]] = run_ranks(world_size, train_all, world_size, timeout=400)
+    found: list[dict[str, History]] = run_ranks(world_size, train_all, world_size)
     return found
 
 

@@ -35,7 +35,7 @@ def train_and_resume() -> dict[str, tuple[Any, Any]]:
 
 @once
 def on_two_ranks() -> list[dict[str, Any]]:
-    return run_ranks(2, train_and_resume, timeout=300)
+    return run_ranks(2, train_and_resume)
 
 
 @pytest.mark.parametrize("run", RUNS, ids=str)

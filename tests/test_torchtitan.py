@@ -94,8 +94,8 @@ def plain(before: Weights) -> tuple[Weights, dict[int, dict[str, float]]]:
 def test_weights_and_metrics_are_those_of_a_plain_loop_and_resuming_is_exact(layout: str, tmp_path: Path) -> None:
     if layout in WANTS_NEWER_TORCH and not NEWER_TORCH:
         pytest.skip(f"torchtitan's {layout} wants a newer torch than {torch.__version__}: 2.15 has what it calls")
-    through = run_ranks(2, trained, str(tmp_path), layout, False, timeout=300)
-    resumed = run_ranks(2, trained, str(tmp_path), layout, True, timeout=300)
+    through = run_ranks(2, trained, str(tmp_path), layout, False)
+    resumed = run_ranks(2, trained, str(tmp_path), layout, True)
     before: Weights = {name: weight for rank in through for name, weight in rank[0].items()}
     ((expected, metrics),) = run_ranks(1, plain, before)
     compared = set()

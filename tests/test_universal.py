@@ -280,14 +280,14 @@ def root() -> Iterator[Path]:
 
 @once
 def saved(root: Path) -> dict[str, Weights]:
-    found: dict[str, Weights] = run_ranks(2, save_all, str(root), timeout=300)[0]
+    found: dict[str, Weights] = run_ranks(2, save_all, str(root))[0]
     return found
 
 
 @once
 def loaded(root: Path, ranks: int) -> dict[str, Any]:
     saved(root)
-    found: dict[str, Any] = run_ranks(ranks, load_all, str(root), ranks, timeout=300)[0]
+    found: dict[str, Any] = run_ranks(ranks, load_all, str(root), ranks)[0]
     return found
 
 

@@ -92,7 +92,7 @@ def train_all(world_size: int) -> dict[str, dict[str, Any]]:
 @once
 def on_ranks(world_size: int) -> list[dict[str, dict[str, Any]]]:
     """What each rank saw in all runs; one set of processes for all."""
-    return run_ranks(world_size, train_all, world_size, timeout=300)
+    return run_ranks(world_size, train_all, world_size)
 
 
 def in_one_process(run: Run, grads: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:

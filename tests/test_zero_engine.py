@@ -134,7 +134,7 @@ def semantics() -> dict[str, Any]:
 
 @once
 def two_ranks() -> list[dict[str, Any]]:
-    return run_ranks(2, semantics, timeout=240)
+    return run_ranks(2, semantics)
 
 
 def engine_from_json(model: nn.Module, config: dict[str, Any]) -> Any:

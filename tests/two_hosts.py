@@ -30,7 +30,7 @@ from namespaces import ADDRESSES, Host, Network, UnavailableError, call, network
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SKIPPED = 77
-LIMIT = 240
+LIMIT = 600
 """Seconds for whatever must come to an end."""
 COLLECTIVE_TIMEOUT = 15
 """Seconds after which a rank gives up on the others."""

@@ -14,12 +14,11 @@ from types import MappingProxyType
 import pytest
 import torch
 import yaml
-from distributed import run_like_torchrun
+from distributed import HANG_LIMIT, run_like_torchrun
 
 from launch.pretrain import main
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-HANG_LIMIT = 240  # seconds; a run takes about ten
 
 
 @pytest.fixture(autouse=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from distributed import HANG_LIMIT
 from test_checkpoint import names, same_weights
 from test_pretrain import assert_same_curves
 
@@ -152,14 +153,14 @@ def test_half_of_the_ranks_are_lost_and_the_others_go_on(tiny_config: Path, tmp_
     try:
         await_store(port)
         hosts.append(start_host(port, *options))
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + HANG_LIMIT
         while len(records := read_log(run) if (run / "log.jsonl").exists() else []) < 12:
             assert time.monotonic() < deadline, "no training"
             time.sleep(0.1)
         lost = hosts[1].pid
         for pid in [lost, *descendants(lost)]:  # the agent first, so that it tells nobody
             os.kill(pid, signal.SIGKILL)
-        output, _ = hosts[0].communicate(timeout=200)
+        output, _ = hosts[0].communicate(timeout=HANG_LIMIT)
         assert hosts[0].returncode == 0, output
     finally:
         for host in hosts:

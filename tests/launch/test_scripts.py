@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from distributed import HANG_LIMIT
 
 from launch import distributed
 from launch.config import REPOSITORY
@@ -21,7 +22,6 @@ from launch.runlog import read_log
 
 LAUNCH = REPOSITORY / "launch"
 SCRIPTS = [LAUNCH / name for name in ("torchrun.sh", "deepspeed.sh", "slurm.sbatch")]
-HANG_LIMIT = 200
 PRETRAIN = str(LAUNCH / "pretrain.py")
 
 
