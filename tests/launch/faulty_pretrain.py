@@ -1,6 +1,7 @@
-"""launch/pretrain.py, one rank of which is killed or fails once: by FAULT, on rank FAULT_RANK, in step FAULT_STEP.
+"""launch/pretrain.py, one rank of which is killed or fails, in each life of the run but the last.
 
-FAULT_MARKER is a file that tells the next life of the run that it happened.
+FAULTS says how, in which step and on which rank, a life after the other: "forward:1:1 backward:6:0". STRUCK is a file
+to which each is written as it happens.
 """
 
 import itertools
@@ -25,22 +26,29 @@ from launch import checkpoint, engine, zero
 from launch.pretrain import main
 from ldadam_dist import step
 
-AT_STEP, ON_RANK = int(os.environ["FAULT_STEP"]), int(os.environ["FAULT_RANK"])
-MARKER = Path(os.environ["FAULT_MARKER"])
+STRUCK = Path(os.environ["STRUCK"])
+LIFE = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+fault, at_step, on_rank = [*(each.split(":") for each in os.environ["FAULTS"].split()), ("", "-1", "-1")][LIFE]
+AT_STEP, ON_RANK = int(at_step), int(on_rank)
 step_number = 1
 calls = itertools.count(1)
 hangs = threading.Event()
 
 
 def is_time() -> bool:
-    """Whether this process is the one, from the step on, in the first life of the run."""
-    return step_number >= AT_STEP and int(os.environ["RANK"]) == ON_RANK and not MARKER.exists()
+    """Whether this process is the one, from the step on."""
+    return step_number >= AT_STEP and int(os.environ["RANK"]) == ON_RANK
+
+
+def note() -> None:
+    with STRUCK.open("a") as file:
+        file.write(f"{fault}:{at_step}:{on_rank} ")
 
 
 def strike(*_: Any) -> None:
     """Kill this process, if it is time."""
     if is_time():
-        MARKER.touch()
+        note()
         os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -63,6 +71,11 @@ def after(owner: Any, name: str, happen: Callable[[Any], None]) -> None:
         return found
 
     setattr(owner, name, replaced)
+
+
+def count_from(_: Any, resumed: Path | None) -> None:
+    global step_number
+    step_number = 1 + (int(resumed.name.removeprefix("step_")) if resumed else 0)
 
 
 def count_step(_: Any) -> None:
@@ -100,7 +113,7 @@ def hang(temporary: Path, *_: Any) -> None:
 def fail_while_a_checkpoint_hangs(_: torch.Tensor) -> None:
     """In the step after the checkpoint's, when it has come to hang."""
     if step_number > AT_STEP and is_time() and hangs.wait(60):
-        MARKER.touch()
+        note()
         raise RuntimeError("one rank fails")
 
 
@@ -114,15 +127,17 @@ FAULTS: dict[str, Callable[[], None]] = {
     "backward": lambda: after(engine.Engine, "loss", strike_in_backward),
     "step": lambda: before(step, "adam_direction", strike_at_the_second),
     "write": lambda: after(FileSystemWriter, "write_data", strike),  # this rank's files are there, and not the others
-    "second file": lambda: before(torch, "save", strike_at_the_second),
+    "second_file": lambda: before(torch, "save", strike_at_the_second),
     "checksums": lambda: before(checkpoint, "write_sums", strike),
     "rename": lambda: before(Path, "rename", strike),
     "delete": lambda: before(shutil, "rmtree", strike_at_old),
     "raise": fail_and_hang,
+    "": lambda: None,
 }
 
 if __name__ == "__main__":
-    FAULTS[os.environ["FAULT"]]()
+    FAULTS[fault]()
+    before(checkpoint.Checkpointer, "start_from", count_from)
     for kind in (engine.TorchEngine, zero.ZeroEngine):
         after(kind, "update", count_step)
     sys.exit(main())

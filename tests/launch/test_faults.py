@@ -35,24 +35,20 @@ def whole(tiny_config: Path, tmp_path_factory: pytest.TempPathFactory, ranks: Ca
 
 
 @pytest.mark.parametrize(
-    ("fault", "step", "rank"),
+    "faults",
     [
-        ("forward", 1, 1),  # before there is any checkpoint
-        ("backward", 6, 0),
-        ("step", 8, 1),
-        ("write", 6, 0),
-        ("write", 4, 1),
-        ("checksums", 6, 1),
-        ("rename", 6, 0),
-        ("delete", 6, 0),
-        ("raise", 6, 1),  # not killed: it must leave by itself, though its checkpoint is never written
+        # in the training: before there is any checkpoint, and later; the one that raises is not killed, and must leave
+        # by itself, though its checkpoint is never written
+        "forward:1:1 backward:6:0 raise:6:1 step:8:1",
+        # while a checkpoint is saved
+        "write:4:1 write:6:0 checksums:6:1 rename:6:0 delete:8:0",
     ],
 )
 def test_killed_and_started_again_by_torchrun(
-    fault: str, step: int, rank: int, tiny_config: Path, tmp_path: Path, whole: Path, launched: Callable[..., str]
+    faults: str, tiny_config: Path, tmp_path: Path, whole: Path, launched: Callable[..., str]
 ) -> None:
     run = tmp_path / "run"
-    train_with(fault, step, rank, run, tiny_config, launched)
+    train_with(faults, run, tiny_config, launched)
     assert names(run) == ["step_000008", "step_000010"]
     same_weights(run, whole)
     assert_same_curves(read_log(run), read_log(whole), relative=0)
@@ -65,50 +61,47 @@ def test_started_again_without_a_folder_or_with_another_runs_checkpoint(
     """The second life goes on in the folder of the first."""
     monkeypatch.chdir(tmp_path)
     if resume == "never":
-        train_with("forward", 9, 1, None, tiny_config, launched, "--resume", "never", marker=tmp_path / "struck")
+        train_with("forward:9:1", None, tiny_config, launched, "--resume", "never", struck=tmp_path / "struck")
         (run,) = (tmp_path / "runs").iterdir()
     else:
         run, checkpoint = tmp_path / "run", whole / "checkpoints" / "step_000008"
-        train_with("forward", 2, 1, run, tiny_config, launched, "--resume", checkpoint)
+        train_with("forward:2:1", run, tiny_config, launched, "--resume", checkpoint)
     same_weights(run, whole)
     assert [record["step"] for record in read_log(run)] == list(range(1 if resume == "never" else 9, 11))
 
 
-@pytest.mark.parametrize(("fault", "step", "rank"), [("backward", 6, 1), ("second file", 6, 1)])
 def test_the_same_under_deepspeed(
-    fault: str, step: int, rank: int, tiny_config: Path, tmp_path: Path, launched: Callable[..., str], ranks: Callable
+    tiny_config: Path, tmp_path: Path, launched: Callable[..., str], ranks: Callable
 ) -> None:
     pytest.importorskip("deepspeed")
     run, whole = tmp_path / "run", tmp_path / "whole"
     options = ("--deepspeed", REPOSITORY / "configs" / "deepspeed" / "zero3.json")
-    train_with(fault, step, rank, run, tiny_config, launched, *options)
+    train_with("backward:6:1 second_file:6:1", run, tiny_config, launched, *options)
     ranks(2, "--config", tiny_config, "--output_dir", whole, *OPTIONS, *options)
     assert names(run) == ["step_000008", "step_000010"]
     assert_same_curves(read_log(run), read_log(whole), relative=0)
 
 
 def train_with(
-    fault: str,
-    step: int,
-    rank: int,
+    faults: str,
     run: Path | None,
     config: Path,
     launched: Callable[..., str],
     *options: object,
-    marker: Path | None = None,
+    struck: Path | None = None,
 ) -> None:
-    """A run on two ranks, one of which is killed."""
+    """A run on two ranks, one of which is lost in each life but the last; see faulty_pretrain.py."""
     folder = () if run is None else ("--output_dir", run)
-    marker = marker or Path(str(run)).with_name("struck")
-    faults = {"FAULT": fault, "FAULT_STEP": str(step), "FAULT_RANK": str(rank), "FAULT_MARKER": str(marker)}
+    struck = struck or Path(str(run)).with_name("struck")
+    restarts = str(len(faults.split()))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     launched(
-        [*torchrun, "--max-restarts", "1", "--monitor-interval", "0.2"],
+        [*torchrun, "--max-restarts", restarts, "--monitor-interval", "0.2"],
         *("--config", config, *folder, *OPTIONS, *options),
         program=PROGRAM,
-        environment=faults,
+        environment={"FAULTS": faults, "STRUCK": str(struck)},
     )
-    assert marker.exists()
+    assert struck.read_text().split() == faults.split()
 
 
 def start_host(port: int, *arguments: object) -> subprocess.Popen[str]:

@@ -72,14 +72,15 @@ def test_pretrained_weights_learn_real_texts_and_go_on(tmp_path: Path, environme
     assert len(texts.read_text().splitlines()) == 10_606
     command = [sys.executable, REPOSITORY / "launch" / "finetune.py", "--config", CONFIG, "--model", model]
     command += ["--data", texts, "--output_dir", tmp_path / "run", "--report_to", "none", "--disable_tqdm", "true"]
-    command += ["--save_strategy", "steps", "--eval_strategy", "no", "--logging_steps", "10", "--save_steps", "40"]
+    command += ["--save_strategy", "steps", "--eval_strategy", "no", "--logging_steps", "10", "--save_steps", "20"]
     command += ["--lr_scheduler_type", "constant_with_warmup", "--warmup_steps", "10"]
-    for steps in ("40", "100"):
+    command += ["--validation_fraction", "0.05"]
+    for steps in ("20", "60"):
         done = run([*command, "--max_steps", steps], environment)
         assert done.returncode == 0, done.stderr
     state = json.loads((tmp_path / "run" / "trainer_state.json").read_text())
     logged = [entry["step"] for entry in state["log_history"] if "ldadamw/error_norm" in entry]
-    assert logged == list(range(10, 101, 10))  # the second run went on from the 40th step
+    assert logged == list(range(10, 61, 10))  # the second run went on from the 20th step
     accuracy = float(done.stdout.splitlines()[-1].partition("eval_accuracy=")[2].split()[0])
     assert accuracy > 0.75  # 0.51 are positive
 
