@@ -32,26 +32,23 @@ _context.set_forkserver_preload(
 )
 
 
-def run_ranks(
-    world_size: int, function: Callable[..., Any], *args: Any, timeout: float = HANG_LIMIT, backend: str = "gloo"
-) -> list[Any]:
+def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, backend: str = "gloo") -> list[Any]:
     """Call `function(*args)` on `world_size` ranks of one group and return what each returned.
 
     Args:
         world_size: number of processes.
         function: a module-level function.
         args: picklable arguments.
-        timeout: hang limit in seconds, for collectives too.
         backend: of the group.
     Raises:
         AssertionError: a rank raised (with its traceback), died or hung.
     """
     with tempfile.TemporaryDirectory() as folder:
-        codes = _run(world_size, _rank, (folder, timeout, backend, function, args), timeout)
+        codes = _run(world_size, _rank, (folder, HANG_LIMIT, backend, function, args))
         crashes, errors = _texts(folder, "crash-*"), _texts(folder, "error-*")
         # The causes first: a rank that died makes the others fail too, and a report may be cut before its own text.
         causes = [text.split("\n")[0] for text in crashes] + [text.rstrip().split("\n")[-1] for text in errors]
-        exits = f"exit codes of the ranks (None: running after {timeout:.0f} s): {codes}"
+        exits = f"exit codes of the ranks (None: running after {HANG_LIMIT:.0f} s): {codes}"
         if crashes or errors or codes != [0] * world_size:
             raise AssertionError("\n".join([exits, *causes, "", *crashes, *errors]))
         return [torch.load(Path(folder) / f"result-{rank}", weights_only=False) for rank in range(world_size)]
@@ -65,18 +62,20 @@ def run_failing(world_size: int, function: Callable[..., Any], *args: Any, timeo
         timeout: of collectives, in seconds.
     """
     with tempfile.TemporaryDirectory() as folder:
-        codes = _run(world_size, _rank, (folder, timeout, "gloo", function, args), HANG_LIMIT, patience=30.0)
+        codes = _run(world_size, _rank, (folder, timeout, "gloo", function, args), patience=30.0)
         assert None not in codes, f"exit codes of the ranks (None: still running): {codes}"
         paths = [Path(folder) / f"error-{rank}" for rank in range(world_size)]
         return [path.read_text() if path.exists() else None for path in paths]
 
 
-def local(tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-    """This rank's part, and where it begins; gathering it here would cost more than the training."""
-    if not isinstance(tensor, DTensor):
-        return tensor.detach().clone(), (0,) * tensor.ndim
-    _, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-    return tensor.to_local().detach().clone(), tuple(offsets)
+def slice_of(whole: Tensor, like: Tensor) -> Tensor:
+    """What this rank should hold."""
+    if not isinstance(like, DTensor):
+        return whole
+    extents, offsets = compute_local_shape_and_global_offset(like.shape, like.device_mesh, like.placements)
+    for dim, (extent, offset) in enumerate(zip(extents, offsets, strict=True)):
+        whole = whole.narrow(dim, offset, extent)
+    return whole
 
 
 def once(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -104,12 +103,12 @@ def run_like_torchrun(world_size: int, main: Callable[[list[str]], int], argumen
         AssertionError: a rank did not return 0 or hung.
     """
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    codes = _run(world_size, _torchrun_rank, (store.port, main, arguments), HANG_LIMIT)
+    codes = _run(world_size, _torchrun_rank, (store.port, main, arguments))
     assert codes == [0] * world_size, f"exit codes of the ranks (None: still running): {codes}"
 
 
 def _run(
-    world_size: int, target: Callable[..., None], args: tuple[Any, ...], timeout: float, patience: float = 1.0
+    world_size: int, target: Callable[..., None], args: tuple[Any, ...], patience: float = 1.0
 ) -> list[int | None]:
     """Exit codes of the ranks; None for those that had to be killed. No process outlives the call.
 
@@ -120,7 +119,7 @@ def _run(
     ]
     for process in processes:
         process.start()
-    deadline, failed = time.monotonic() + timeout, False
+    deadline, failed = time.monotonic() + HANG_LIMIT, False
     try:
         while any(p.is_alive() for p in processes) and time.monotonic() < deadline:
             if any(p.exitcode not in (None, 0) for p in processes) and not failed:

@@ -12,9 +12,9 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from distributed import HANG_LIMIT
+
 ROOT = Path(__file__).resolve().parent.parent
-TIME_LIMIT = 600.0
-"""Seconds after which a command and all that it started are killed."""
 
 ACCELERATE_ON_CPUS = """
 import os
@@ -98,11 +98,11 @@ def run(command: str, folder: Path) -> str:
         start_new_session=True,
     )
     try:
-        printed, _ = running.communicate(timeout=TIME_LIMIT)
+        printed, _ = running.communicate(timeout=HANG_LIMIT)
     except subprocess.TimeoutExpired:
         os.killpg(running.pid, signal.SIGKILL)
         printed, _ = running.communicate()
-        raise AssertionError(f"{command}: still running after {TIME_LIMIT:.0f} s:\n{printed[-8000:]}") from None
+        raise AssertionError(f"{command}: still running after {HANG_LIMIT:.0f} s:\n{printed[-8000:]}") from None
     assert running.returncode == 0, f"{command}: exit code {running.returncode}:\n{printed[-8000:]}"
     return printed
 

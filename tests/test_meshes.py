@@ -12,11 +12,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from distributed import run_ranks
+from distributed import run_ranks, slice_of
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from ldadam_dist import LDAdamW
 
@@ -62,16 +61,6 @@ def cases(mesh_shape: tuple[int, ...]) -> dict[str, tuple[tuple[int, ...], tuple
 
 def shard(whole: Tensor, mesh: DeviceMesh, placements: tuple[Any, ...]) -> DTensor:
     return distribute_tensor(whole.clone(), mesh, placements, src_data_rank=None)
-
-
-def slice_of(whole: Tensor, like: Tensor) -> Tensor:
-    """What this rank should hold."""
-    if not isinstance(like, DTensor):
-        return whole
-    extents, offsets = compute_local_shape_and_global_offset(like.shape, like.device_mesh, like.placements)
-    for dim, (extent, offset) in enumerate(zip(extents, offsets, strict=True)):
-        whole = whole.narrow(dim, offset, extent)
-    return whole
 
 
 def groups(params: dict[str, nn.Parameter], sides: dict[str, str]) -> list[dict[str, Any]]:

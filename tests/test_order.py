@@ -14,8 +14,7 @@ import models
 import pytest
 import torch
 import torch.distributed as dist
-from distributed import run_ranks
-from test_meshes import slice_of
+from distributed import run_ranks, slice_of
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard

@@ -13,11 +13,12 @@ import models
 import pytest
 import torch
 import torch.distributed as dist
-from distributed import local, once, run_ranks
+from distributed import once, run_ranks
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
-from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
@@ -157,6 +158,14 @@ def parallelize(model: nn.Module, mesh: DeviceMesh, sequence: bool) -> None:
         plan[f"blocks.{i}.down"] = RowwiseParallel(output_layouts=between)
     plan["head"] = ColwiseParallel(input_layouts=between, output_layouts=Replicate())
     parallelize_module(model, mesh, plan)
+
+
+def local(tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """This rank's part, and where it begins; gathering it here would cost more than the training."""
+    if not isinstance(tensor, DTensor):
+        return tensor.detach().clone(), (0,) * tensor.ndim
+    _, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return tensor.to_local().detach().clone(), tuple(offsets)
 
 
 def train_all(world_size: int) -> dict[str, History]:

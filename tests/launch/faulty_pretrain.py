@@ -27,8 +27,9 @@ from launch.pretrain import main
 from ldadam_dist import step
 
 STRUCK = Path(os.environ["STRUCK"])
-LIFE = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
-fault, at_step, on_rank = [*(each.split(":") for each in os.environ["FAULTS"].split()), ("", "-1", "-1")][LIFE]
+OF_EACH_LIFE = [*os.environ["FAULTS"].split(), "none:0:-1"]
+FAULT = OF_EACH_LIFE[int(os.environ["TORCHELASTIC_RESTART_COUNT"])]
+KIND, at_step, on_rank = FAULT.split(":")
 AT_STEP, ON_RANK = int(at_step), int(on_rank)
 step_number = 1
 calls = itertools.count(1)
@@ -42,7 +43,7 @@ def is_time() -> bool:
 
 def note() -> None:
     with STRUCK.open("a") as file:
-        file.write(f"{fault}:{at_step}:{on_rank} ")
+        file.write(f"{FAULT}\n")
 
 
 def strike(*_: Any) -> None:
@@ -132,11 +133,11 @@ FAULTS: dict[str, Callable[[], None]] = {
     "rename": lambda: before(Path, "rename", strike),
     "delete": lambda: before(shutil, "rmtree", strike_at_old),
     "raise": fail_and_hang,
-    "": lambda: None,
+    "none": lambda: None,
 }
 
 if __name__ == "__main__":
-    FAULTS[fault]()
+    FAULTS[KIND]()
     before(checkpoint.Checkpointer, "start_from", count_from)
     for kind in (engine.TorchEngine, zero.ZeroEngine):
         after(kind, "update", count_step)

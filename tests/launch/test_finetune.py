@@ -73,8 +73,7 @@ def test_pretrained_weights_learn_real_texts_and_go_on(tmp_path: Path, environme
     command = [sys.executable, REPOSITORY / "launch" / "finetune.py", "--config", CONFIG, "--model", model]
     command += ["--data", texts, "--output_dir", tmp_path / "run", "--report_to", "none", "--disable_tqdm", "true"]
     command += ["--save_strategy", "steps", "--eval_strategy", "no", "--logging_steps", "10", "--save_steps", "20"]
-    command += ["--lr_scheduler_type", "constant_with_warmup", "--warmup_steps", "10"]
-    command += ["--validation_fraction", "0.05"]
+    command += ["--lr_scheduler_type", "constant_with_warmup", "--warmup_steps", "10", "--validation_fraction", "0.05"]
     for steps in ("20", "60"):
         done = run([*command, "--max_steps", steps], environment)
         assert done.returncode == 0, done.stderr
