@@ -188,7 +188,7 @@ def on_a_rank(setting: Setting) -> dict[str, Any]:
 
 def real(setting: Setting, processes: int) -> Row:
     """Measure with real processes."""
-    found = run_ranks(processes, on_a_rank, setting, timeout=600.0)
+    found = run_ranks(processes, on_a_rank, setting)
     slowest = [
         [max(times) for times in zip(*one, strict=True)] for one in zip(*(f["times"] for f in found), strict=True)
     ]

@@ -240,7 +240,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         report.facts["trace"] = f"{trace}, for https://ui.perfetto.dev"
     if args.processes > 1:
         setting = scaling.Setting(model, "fsdp", args.rank, args.options.values, args.steps, args.warmup)
-        found, times = run_ranks(args.processes, on_a_rank, setting, trace, timeout=600.0)[0]
+        found, times = run_ranks(args.processes, on_a_rank, setting, trace)[0]
     else:
         torch.manual_seed(0)
         optimizer, give_gradients, shapes = on_one_process(model, args.rank, args.options, device, dtype)
