@@ -11,32 +11,36 @@ what is read is mapped.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
 import shutil
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner, _EmptyStateDictLoadPlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from ldadam_dist.dcp_files import DcpFolder, State, one_cause
 from ldadam_dist.packing import Packing, dtypes_of, planes_of, read_planes
 from ldadam_dist.parsing import OneLineParser
 from ldadam_dist.rules import low_rank_matrices, projected_side, state_shapes, stored_error_dtype, stored_state_dtype
 from ldadam_dist.universal import KEY
-from ldadam_dist.zero_files import FP32, MODEL_FILES, MOMENTS, RankFolder, UniversalFolder, ZeroFolder
-
-State = dict[str, Tensor]
+from ldadam_dist.zero_files import (
+    FP32,
+    MODEL_FILES,
+    MOMENTS,
+    RankFolder,
+    UniversalFolder,
+    ZeroFolder,
+    expect_folder_names,
+    expect_inside,
+)
 
 
 def convert(source: str | Path, target: str | Path) -> str:
@@ -48,12 +52,15 @@ def convert(source: str | Path, target: str | Path) -> str:
     Returns:
         what was done, and how the result is loaded.
     Raises:
-        ValueError: the source is no such checkpoint or not whole, or the target exists. There is no target then.
+        ValueError: the source is no such checkpoint or not whole, has a parameter whose name is no folder inside of
+            the target, or the target exists. There is no target then.
     """
     source, target = Path(source).resolve(), Path(target).resolve()
     if target.exists():
         raise ValueError(f"{target} exists: choose another folder, or remove it.")
     read = open_checkpoint(source)
+    if isinstance(read, DcpFolder):
+        expect_folder_names([*read.names(), *(name for group in read.groups for name in group["params"])])
     temporary = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -88,86 +95,11 @@ def open_checkpoint(folder: Path) -> ZeroFolder | DcpFolder:
         tags = [folder / name for name in ("latest", "latest_universal") if (folder / name).is_file()]
         if not tags:
             break
-        folder = folder / tags[0].read_text().strip()
+        folder = folder / expect_inside(tags[0].read_text().strip(), f"the folder that {tags[0]} names")
     raise ValueError(
         f"{folder} is no checkpoint: expected a folder of torch.distributed.checkpoint (.metadata), of DeepSpeed "
         f"(*_optim_states.pt, or latest), or a universal one (zero/optimizer_state.pt)."
     )
-
-
-class DcpFolder:
-    """A DCP checkpoint {"model": ..., "optimizer": ...}.
-
-    Attributes:
-        groups: the optimizer's groups with the names of their parameters.
-
-    Raises:
-        ValueError: it is none, or not of LDAdamW.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self._reader = _Reader(folder)
-        try:
-            self._metadata = self._reader.read_metadata()
-        except Exception as error:  # whatever the unpickler meets
-            raise ValueError(f"{folder}/.metadata cannot be read: {error}") from error
-        paths = (self._metadata.planner_data or {}).values()
-        found = sorted({".".join(map(str, path[:2])) if path[0] == "optimizer" else str(path[0]) for path in paths})
-        if not {"model", "optimizer.state", "optimizer.param_groups"} <= set(found):
-            raise ValueError(
-                f'{folder} has {", ".join(found[:5])}: expected {{"model": ..., "optimizer": ...}} as get_state_dict '
-                f"returns them without flatten_optimizer_state_dict."
-            )
-        self.groups: list[dict[str, Any]] = self._read("optimizer.param_groups")["optimizer"]["param_groups"]
-        if not all("proj_type" in group for group in self.groups):
-            raise ValueError(f"{folder} has the optimizer groups of another optimizer than LDAdamW.")
-
-    def _read(self, prefix: str) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        planner = _EmptyStateDictLoadPlanner(keys={prefix})
-        with _one_cause(f"{self._reader.path} cannot be read"):
-            _load_state_dict(found, self._reader, no_dist=True, planner=planner)
-        return found
-
-    def names(self) -> list[str]:
-        """Names of all weights and buffers."""
-        return [path[1] for path in (self._metadata.planner_data or {}).values() if path[0] == "model"]
-
-    def weights(self, name: str) -> Tensor:
-        """A parameter or a buffer."""
-        key = f"model.{name}"
-        if not isinstance(self._metadata.state_dict_metadata.get(key), TensorStorageMetadata):
-            raise ValueError(f"the checkpoint's model has no tensor {name}, which its optimizer trains.")
-        tensor: Tensor = self._read(key)["model"][name]
-        return tensor
-
-    def state(self, name: str) -> State:
-        """The states of a parameter; empty if there are none."""
-        state: State = self._read(f"optimizer.state.{name}").get("optimizer", {}).get("state", {}).get(name, {})
-        return state
-
-
-class _Reader(FileSystemReader):
-    """Reads its metadata once."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
-        self._known: Metadata | None = None
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        if self._known is None:
-            self._known = super().read_metadata(*args, **kwargs)
-        return self._known
-
-
-@contextlib.contextmanager
-def _one_cause(what: str) -> Iterator[None]:
-    """Raise ValueError with the cause of what DCP raises, which tells of all ranks with their tracebacks."""
-    try:
-        yield
-    except CheckpointException as error:
-        cause, _ = next(iter(error.failures.values()))
-        raise ValueError(f"{what}: {type(cause).__name__}: {cause}") from error
 
 
 class _LazyPlanner(DefaultSavePlanner):
@@ -208,7 +140,7 @@ def _to_dcp(source: ZeroFolder, target: Path) -> None:
         groups.append({**group, "params": names, "param_names": names})
     everything = {"model": model, "optimizer": {"state": optimizer, "param_groups": groups}}
     alone = {"no_dist": True} if "no_dist" in inspect.signature(save).parameters else {}
-    with warnings.catch_warnings(), _one_cause(f"{target} could not be written"):
+    with warnings.catch_warnings(), one_cause(f"{target} could not be written"):
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         save(everything, checkpoint_id=target, planner=_LazyPlanner(make), **alone)
 
@@ -239,7 +171,13 @@ def _to_universal(source: DcpFolder, target: Path) -> None:
 def _write(target: Path, name: str, key: str, tensor: Tensor) -> None:
     folder = target / "zero" / name
     folder.mkdir(parents=True, exist_ok=True)
-    torch.save({"param": tensor.contiguous(), "cat_dim": 0}, folder / f"{key}.pt")
+    path = folder / f"{key}.pt"
+    if path.exists():
+        raise ValueError(
+            f"parameter {name} would overwrite {key}.pt of another: it is in two groups, or this file system does not "
+            f"tell the two names apart, as one without upper and lower case. Convert it to another file system."
+        )
+    torch.save({"param": tensor.contiguous(), "cat_dim": 0}, path)
 
 
 def _described(shape: Sequence[int], group: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

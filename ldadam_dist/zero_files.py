@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,41 @@ def read(path: Path) -> Any:
             return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:  # whatever the unpickler meets
         raise ValueError(f"{path} cannot be read: expected a file of torch.save ({error}).") from error
+
+
+def expect_inside(name: Any, what: str) -> str:
+    """The name of a file or folder, if it stays inside of the folder to which it is added on every system.
+
+    Raises:
+        ValueError: it leads out of there, or no system takes it.
+    """
+    parts = name.split("/") if isinstance(name, str) and not re.search(r"[\\\x00-\x1f]|^[A-Za-z]:", name) else [""]
+    for part in parts:
+        if part in ("", ".", "..") or len(os.fsencode(part)) > 255:
+            raise ValueError(
+                f"{what} is called {name!r}: expected a name that is a path inside of the checkpoint's folder, without "
+                f"a leading slash, parts that are empty, '.', '..' or longer than 255 bytes, backslashes, drives and "
+                f"control characters."
+            )
+    return str(name)
+
+
+def expect_folder_names(names: Collection[Any]) -> None:
+    """Can each parameter have the folder zero/NAME of a universal checkpoint?
+
+    Raises:
+        ValueError: a name leads elsewhere, or to where another one has, or the checkpoint itself, has a file.
+    """
+    files = {"optimizer_state.pt", *(f"{name}/{key}.pt" for name in names for key in (FP32, *MOMENTS))}
+    for name in names:
+        expect_inside(name, "a parameter of the checkpoint")
+        parts = name.split("/")
+        taken = {"/".join(parts[: i + 1]) for i in range(len(parts))} & files
+        if taken:
+            raise ValueError(
+                f"a parameter of the checkpoint is called {name!r}: its folder would be where a universal checkpoint "
+                f"has the file zero/{taken.pop()}. Rename the parameter."
+            )
 
 
 class ZeroFolder(ABC):
@@ -140,6 +176,7 @@ class UniversalFolder(ZeroFolder):
                 f"with DeepSpeed's ds_to_universal."
             )
         groups: list[dict[str, Any]] = read(path)["param_groups"]
+        expect_folder_names([name for group in groups for name in group.get(KEY, ())])
         return groups
 
     def path(self, name: str, key: str) -> Path:
@@ -158,8 +195,8 @@ class UniversalFolder(ZeroFolder):
 
     def rest(self) -> dict[str, Callable[[], Tensor]]:
         found = super().rest()
-        for path in sorted((self.folder / "zero").glob(f"*/{FP32}.pt")):
-            name = path.parent.name
+        for path in sorted((self.folder / "zero").rglob(f"{FP32}.pt")):
+            name = path.parent.relative_to(self.folder / "zero").as_posix()
             if name not in self.params:
                 found.setdefault(name, functools.partial(self._whole, name))
         return found

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import pickle
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -13,11 +15,13 @@ import torch
 from distributed import once, run_ranks
 from moves import UNCLIPPED, Weights, build, close, loaded_by_engine, loaded_plain, saved_by_engine, saved_plain
 from torch import Tensor, nn
-from torch.distributed.checkpoint import save
+from torch.distributed.checkpoint import FileSystemReader, save
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 from zero_runs import MODELS, Run
 
-from ldadam_dist.convert import DcpFolder, convert, main
+from ldadam_dist import LDAdamW
+from ldadam_dist.convert import convert, main
+from ldadam_dist.dcp_files import DcpFolder, _Reader
 from ldadam_dist.zero_files import FP32, MOMENTS, UniversalFolder
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")  # one process is meant
@@ -198,3 +202,110 @@ def test_the_converter_and_ds_to_universal_read_the_same(name: str, root: Path) 
     assert rest.keys() == others.keys()
     for other, read in others.items():
         assert torch.equal(read().float(), rest[other]().float()), other
+
+
+def named(folder: Path, name: str, **more: Any) -> None:
+    """A checkpoint of one parameter with that name; `more` goes into its group."""
+    optimizer = LDAdamW([("weight", nn.Parameter(torch.zeros(8, 12)))], rank=2)
+    group = {**optimizer.state_dict()["param_groups"][0], "params": [name], "param_names": [name], **more}
+    save(
+        {
+            "model": {name: torch.zeros(8, 12)},
+            "optimizer": {"state": {name: {"step": torch.tensor(0.0)}}, "param_groups": [group]},
+        },
+        checkpoint_id=folder,
+        no_dist=True,
+    )
+
+
+WRONG_NAMES = [
+    "../../x",
+    "/abs/x",
+    "a/../../x",
+    "a/./x",
+    "a//x",
+    "x/",
+    "",
+    "a\0x",
+    "..\\x",
+    "C:x",
+    "a" * 256,
+    "optimizer_state.pt",
+]
+
+
+def test_a_name_that_leads_out_of_the_target_is_refused(refused: Any, tmp_path: Path) -> None:
+    for number, name in enumerate(WRONG_NAMES):
+        named(tmp_path / f"dcp{number}", name)
+        error = refused(tmp_path / f"dcp{number}", tmp_path / "deep/target")
+        assert f"a parameter of the checkpoint is called {name!r}" in error
+    named(tmp_path / "dcp", "a/b:c.weight")  # of a ModuleDict
+    convert(tmp_path / "dcp", tmp_path / "universal")
+    assert (tmp_path / "universal/zero/a/b:c.weight/fp32.pt").is_file()
+    convert(tmp_path / "universal", tmp_path / "again")
+    assert DcpFolder(tmp_path / "again").names() == ["a/b:c.weight"]
+    path = tmp_path / "universal/zero/optimizer_state.pt"
+    saved = torch.load(path)
+    saved["param_groups"][0]["flat_params"] = {"../../x": saved["param_groups"][0]["flat_params"]["a/b:c.weight"]}
+    torch.save(saved, path)
+    assert "is called '../../x'" in refused(tmp_path / "universal", tmp_path / "target")
+    (tmp_path / "latest").write_text("../elsewhere")
+    assert "is called '../elsewhere'" in refused(tmp_path, tmp_path / "target")
+
+
+def test_two_parameters_never_share_a_file(refused: Any, tmp_path: Path) -> None:
+    named(tmp_path / "dcp", "weight", params=["weight", "weight"])
+    assert "parameter weight would overwrite" in refused(tmp_path / "dcp", tmp_path / "target")
+
+
+class Runs:
+    """Makes a folder when it is read by pickle."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.folder),)
+
+
+def test_what_a_checkpoint_says_is_not_run(refused: Any, tmp_path: Path) -> None:
+    mark, path = tmp_path / "ran", tmp_path / "dcp/.metadata"
+    named(tmp_path / "dcp", "weight")
+    good = path.read_bytes()
+    metadata = pickle.loads(good)
+    (entry,) = (place for index, place in metadata.storage_data.items() if index.fqn == "model.weight")
+    metadata.planner_data["x"] = Runs(mark)
+    dotted = b"\x80\x04ctorch.distributed.checkpoint.filesystem\nos.mkdir\nX\x01\x00\x00\x00x\x85R."
+    for wrong, named_in_error in (
+        (pickle.dumps(Runs(mark)), "mkdir"),
+        (pickle.dumps(metadata), "mkdir"),
+        (dotted, "os.mkdir"),
+        (b"\x80\x04cbuiltins\ngetattr\nctorch\nSize\nX\x03\x00\x00\x00mro\x86R.", "getattr"),
+        (b"\x80\x04ctorch.serialization\n_get_layout\nX\x04\x00\x00\x00load\x85R.", "no torch.layout"),
+        (b"\x80\x04ctorch\nload\n.", "torch.load"),
+        (pickle.dumps({"a": 1}), "dict"),
+    ):
+        path.write_bytes(wrong)
+        error = refused(tmp_path / "dcp", tmp_path / "target")
+        assert ".metadata cannot be read" in error
+        assert named_in_error in error
+    del metadata.planner_data["x"]
+    entry.relative_path = "../elsewhere.distcp"
+    path.write_bytes(pickle.dumps(metadata))
+    assert "'../elsewhere.distcp'" in refused(tmp_path / "dcp", tmp_path / "target")
+    named(tmp_path / "objects", "weight", lr=Runs(mark))
+    error = refused(tmp_path / "objects", tmp_path / "target")
+    assert "holds objects of" in error
+    assert "mkdir" in error
+
+
+def test_metadata_of_every_kind_is_read(tmp_path: Path) -> None:
+    """As torch reads it, which makes whatever is there."""
+    tensors = {str(dtype): torch.zeros(2, dtype=dtype) for dtype in (torch.bool, torch.bfloat16, torch.complex64)}
+    images = torch.zeros(1, 2, 3, 3).contiguous(memory_format=torch.channels_last)
+    everything = {"a": tensors, "b": [1, ("x", {2})], "c": images, "d": {"step": 3, "path": tmp_path}}
+    save(everything, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    found = _Reader(tmp_path / "dcp").read_metadata()
+    expected = FileSystemReader(tmp_path / "dcp").read_metadata()
+    found.storage_meta = expected.storage_meta = None  # each reader's own
+    assert found == expected

@@ -47,7 +47,8 @@ ALLOWED = {
         *("partitions", "packing", "state", "entries", "adapters", "layout", "arguments", "rules", "runtime")
     },
     "zero_files": {"universal"},
-    "convert": {"parsing", "zero_files", "universal", "packing", "rules"},
+    "dcp_files": {"zero_files"},
+    "convert": {"parsing", "dcp_files", "zero_files", "universal", "packing", "rules"},
     "adamw": {"entries", "rounding", "rules"},
     "gradients": {"entries", "runtime"},
     "error_buffers": {"entries"},
@@ -79,7 +80,7 @@ ALLOWED = {
 }
 COMMUNICATES = {"runtime", "adapters", "traffic", "preflight"}
 OWN_WORLDS = {"cli/layouts.py", "cli/doctor.py"}  # one of a fake group, and one of two processes
-READS_CHECKPOINTS = {"convert"}  # with torch.distributed.checkpoint, in one process
+READS_CHECKPOINTS = {"convert", "dcp_files"}  # with torch.distributed.checkpoint, in one process
 BACKENDS = {"deepspeed", "transformers", "accelerate", "peft", "lightning", "torchtitan", "datasets"}
 
 
