@@ -21,11 +21,14 @@ Several, on each of them the same but for --machine-rank:
   --main-process-port PORT  a free port there (default 29500); the preflight uses the one above it
   --num-processes N         processes of all hosts together (default: this host's GPUs, or 1, times the hosts)
   --mixed-precision DTYPE   no, bf16, fp16 or fp8 (default: of the config file)
+  --cpu                     train on the CPU, also LDADAM_CPU=1; without it a host without a GPU is an error
+  --log-dir DIR             a file for each rank's output, beside what is printed
   --no-preflight            start without it, also PREFLIGHT=0
   --dry-run                 print the commands instead
 
 PYTHON is the interpreter (default: of the activated environment, or .venv); OMP_NUM_THREADS the CPU threads of a process
-(default: cores / processes of this host). SIGTERM, SIGINT, SIGHUP and SIGUSR1 are handed on as SIGTERM.
+(default: cores / processes of this host). PYTHONFAULTHANDLER=1, NCCL_DEBUG=WARN and
+PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True are set unless you set them. SIGTERM, SIGINT, SIGHUP and SIGUSR1 are handed on as SIGTERM.
 END_OF_USAGE
 }
 
@@ -35,7 +38,7 @@ source "$repository/launch/common.sh"
 declare -A option=(
     [config-file]="$repository/configs/accelerate/fsdp2.yaml" [script]="$repository/launch/finetune.py"
     [num-machines]=1 [machine-rank]=${SLURM_NODEID:-0} [main-process-ip]='' [main-process-port]='' [num-processes]=''
-    [mixed-precision]=''
+    [mixed-precision]='' [log-dir]=''
 )
 parse_options "$@"
 
@@ -72,14 +75,19 @@ if ((10#${option[num-processes]} == 1)) && grep -q '^distributed_type: *MULTI_GP
 fi
 
 environment=(
-    "PYTHONPATH=$repository${PYTHONPATH:+:$PYTHONPATH}"
+    "${defaults[@]}" "PYTHONPATH=$repository${PYTHONPATH:+:$PYTHONPATH}"
     "OMP_NUM_THREADS=$(threads_of_process $((10#${option[num-processes]} / 10#${option[num-machines]})))"
 )
+if ((cpu)); then environment+=(CUDA_VISIBLE_DEVICES=); fi
 accelerate=(env "${environment[@]}" "$python" -m accelerate.commands.launch "${launcher[@]}")
 # Meetings apart, as one host may be done with the preflight while another is not.
 check=(
     "${accelerate[@]}" "--main_process_port=$((10#${option[main-process-port]} + 1))"
     --module ldadam_dist.preflight --output-dir "$(output_folder)"
 )
-train=("${accelerate[@]}" "--main_process_port=${option[main-process-port]}" "${option[script]}" "${training[@]}")
+logs=${option[log-dir]}
+train=(
+    "${accelerate[@]}" "--main_process_port=${option[main-process-port]}" ${logs:+"--log_dir=$logs" --tee=3} "${option[script]}"
+    "${training[@]}"
+)
 check_and_train

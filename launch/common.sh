@@ -7,10 +7,19 @@ die() {
     exit 2
 }
 
-# Options of the script go into `option`; --dry-run, --no-preflight and --help are common. All others, and what follows
+# What ranks are told unless the environment says otherwise: a trace of Python's stack where a process crashes, warnings of
+# NCCL's, and memory whose segments grow, which fragments less. torch before 2.9 knows the last by this name only.
+defaults=()
+for pair in PYTHONFAULTHANDLER=1 NCCL_DEBUG=WARN PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True; do
+    if [[ ! -v ${pair%%=*} && ($pair != PYTORCH_* || ! -v PYTORCH_ALLOC_CONF) ]]; then
+        defaults+=("$pair")
+    fi
+done
+
+# Options of the script go into `option`; --cpu, --dry-run, --no-preflight and --help are common. All others, and what follows
 # "--", are for launch/pretrain.py and go into `training`.
 parse_options() {
-    training=() dry_run=0 preflight=${PREFLIGHT:-1}
+    training=() dry_run=0 preflight=${PREFLIGHT:-1} cpu=${LDADAM_CPU:-0}
     local name
     while (($#)); do
         name=${1%%=*} name=${name#--} name=${name//_/-}
@@ -22,6 +31,8 @@ parse_options() {
             exit 0
         elif [[ $1 == --dry-run ]]; then
             dry_run=1
+        elif [[ $1 == --cpu ]]; then
+            cpu=1
         elif [[ $1 == --no-preflight ]]; then
             preflight=0
         elif [[ $1 == --* && -v option[$name] ]]; then
@@ -78,15 +89,40 @@ find_python() {
     fi
 }
 
-# Processes of one host: its GPUs, as far as CUDA_VISIBLE_DEVICES shows them; 1 without any.
+# GPUs of this host, as far as CUDA_VISIBLE_DEVICES shows them; -1, void and SLURM's NoDevFiles hide what follows, as in CUDA.
+gpus_of_host() {
+    if [[ -v CUDA_VISIBLE_DEVICES ]]; then
+        tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | sed -E '/^ *(-|void|none|NoDevFiles)/,$d' | grep -c '[^ ]' || true
+    elif command -v nvidia-smi >/dev/null; then
+        nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || true
+    else
+        echo 0
+    fi
+}
+
+# Processes of one host: its GPUs; 1 without any, and with --cpu.
 processes_of_host() {
     local count=0
-    if [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then
-        count=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c '[^ ]' || true)
-    elif command -v nvidia-smi >/dev/null; then
-        count=$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || true)
-    fi
+    if ((!cpu)); then count=$(gpus_of_host); fi
     echo $((count > 0 ? count : 1))
+}
+
+# A host whose GPUs are not seen would train on its CPU, a hundred times slower, and say so only in the log.
+expect_gpu() {
+    if ((cpu)) || (($(gpus_of_host))); then return; fi
+    local found
+    found="no GPU on $(hostname)"
+    if [[ -v CUDA_VISIBLE_DEVICES ]]; then
+        found+=": CUDA_VISIBLE_DEVICES is '$CUDA_VISIBLE_DEVICES'"
+    elif ! command -v nvidia-smi >/dev/null; then
+        # Not all hosts have the program: containers, and GPUs of other vendors.
+        if "${python:-python3}" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then return; fi
+        found+=": no nvidia-smi, and torch sees none"
+    else
+        found+=": nvidia-smi lists none"
+    fi
+    found+=". Look at the driver, the container's --gpus or SLURM's --gpus-per-node, or give --cpu to train on the CPU"
+    if ((dry_run)); then echo "$script: $found" >&2; else die "$found"; fi
 }
 
 # CPU threads of each of so many processes.
@@ -158,6 +194,7 @@ end_if_stuck() {
 # Run the command in the array `check`, the preflight, and then that in `train`; or print them.
 check_and_train() {
     local status=0
+    expect_gpu
     if ((dry_run)); then
         if ((preflight)); then show "${check[@]}"; fi
         show "${train[@]}"

@@ -21,14 +21,18 @@ Several:   launch/deepspeed.sh --hostfile hosts --config ... --deepspeed ... --o
   --master-port PORT        a free port there (default 29500)
   --launcher NAME           pdsh (default), or another that deepspeed knows: openmpi, mpich, impi, mvapich, slurm
   --ssh-port PORT           of the hosts (default: ssh's)
+  --log-dir DIR             each rank's output goes to a file there, and is not printed
   --node-rank N             start only host N of the file, this one, without ssh; needs --hostfile and --master-addr, and the
                             same command with the other numbers on the other hosts
+  --cpu                     train on the CPU of hosts without a GPU, also LDADAM_CPU=1; without it that is an error
   --no-preflight            start without it, also PREFLIGHT=0
   --dry-run                 print the commands instead
 
-pdsh takes only variables along that are named: this script hands on NCCL_*, GLOO_*, TORCH_*, HF_HOME, HF_HUB_OFFLINE,
-OMP_NUM_THREADS and what ~/.deepspeed_env and ./.deepspeed_env say, a line NAME=VALUE each. They show in the process list of the hosts:
-no secrets there. PYTHON is the interpreter. SIGTERM, SIGINT, SIGHUP and SIGUSR1 are handed on as SIGTERM.
+pdsh takes only variables along that are named: this script hands on NCCL_*, GLOO_*, TORCH_*, PYTORCH_*,
+PYTHONFAULTHANDLER, HF_HOME, HF_HUB_OFFLINE, OMP_NUM_THREADS and what ~/.deepspeed_env and ./.deepspeed_env say, a line
+NAME=VALUE each. They show in the process list of the hosts: no secrets there. PYTHONFAULTHANDLER=1, NCCL_DEBUG=WARN and
+PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True are set unless you set them. PYTHON is the interpreter. SIGTERM, SIGINT,
+SIGHUP and SIGUSR1 are handed on as SIGTERM.
 END
 }
 
@@ -37,7 +41,7 @@ source "$repository/launch/common.sh"
 
 declare -A option=(
     [hostfile]='' [num-gpus]='' [num-nodes]='' [include]='' [exclude]='' [master-addr]='' [master-port]=29500
-    [launcher]=pdsh [ssh-port]='' [node-rank]=''
+    [launcher]=pdsh [ssh-port]='' [node-rank]='' [log-dir]=''
 )
 parse_options "$@"
 
@@ -46,6 +50,8 @@ for name in num-gpus num-nodes ssh-port; do
 done
 expect_number master-port 1
 python=$(find_python)
+# Its launcher shows each process a GPU by number, whatever the environment says.
+if ((cpu)) && (($(gpus_of_host))); then die "--cpu on $(hostname), which has GPUs: deepspeed would use them. Leave it out"; fi
 launcher=()
 processes=${option[num-gpus]}
 if [[ -n ${option[hostfile]} ]]; then
@@ -84,12 +90,13 @@ hand_on() {
         if [[ -r $file ]]; then grep -E '^[A-Za-z_][A-Za-z0-9_]*=' "$file" || true; fi
     done
     echo "OMP_NUM_THREADS=$(threads_of_process "$processes")"
-    for name in $(compgen -e | grep -E '^(NCCL_|GLOO_|TORCH_|HF_HOME$|HF_HUB_OFFLINE$)' || true); do
+    if ((${#defaults[@]})); then printf '%s\n' "${defaults[@]}"; fi
+    for name in $(compgen -e | grep -E '^(NCCL_|GLOO_|TORCH_|PYTORCH_|PYTHONFAULTHANDLER$|HF_HOME$|HF_HUB_OFFLINE$)' || true); do
         echo "$name=${!name}"
     done
 }
 
-environment=("PYTHONPATH=$repository${PYTHONPATH:+:$PYTHONPATH}" "OMP_NUM_THREADS=$(threads_of_process "$processes")")
+environment=("${defaults[@]}" "PYTHONPATH=$repository${PYTHONPATH:+:$PYTHONPATH}" "OMP_NUM_THREADS=$(threads_of_process "$processes")")
 if [[ -n ${option[hostfile]} && -z ${option[node-rank]} ]]; then
     # ssh that notices a host which is gone, where it would wait for it for hours; of options given twice it takes the first
     alive="-o ServerAliveInterval=10 -o ServerAliveCountMax=3"
@@ -108,5 +115,5 @@ fi
 
 deepspeed=(env "${environment[@]}" "$python" -m deepspeed.launcher.runner --log_level=warning "${launcher[@]}")
 check=("${deepspeed[@]}" --module ldadam_dist.preflight --output-dir "$(output_folder)")
-train=("${deepspeed[@]}" "$repository/launch/pretrain.py" "${training[@]}")
+train=("${deepspeed[@]}" ${option[log-dir]:+"--enable_each_rank_log=${option[log-dir]}"} "$repository/launch/pretrain.py" "${training[@]}")
 check_and_train

@@ -18,16 +18,19 @@ Several, on each of them the same:
   --node-rank N             0: this is the first host. Found out from the address if not given
   --nproc-per-node N        processes of this host (default: its GPUs, or 1)
   --max-restarts N          so often a failed run is started again on the hosts that are there (default 0)
+  --log-dir DIR             a file for each rank's output, beside what is printed (default logs in the output folder; '' for none)
   --rdzv-id ID              name of the run, the same on all hosts (default pretrain)
   --join-timeout SECONDS    to wait for the other hosts (default 600)
   --stuck-timeout SECONDS   torchrun that does not notice that its ranks have ended, since the link to the first host is
                             gone, is ended after this (default 60). --timeout_minutes of the training is how long
                             ranks wait
+  --cpu                     train on the CPU, also LDADAM_CPU=1; without it a host without a GPU is an error
   --no-preflight            start without it, also PREFLIGHT=0; for a host that joins a run which is already going on
   --dry-run                 print the commands instead
 
 PYTHON is the interpreter (default: of the activated environment, or .venv); OMP_NUM_THREADS the CPU threads of a process
-(default: cores / processes). SIGTERM, SIGINT, SIGHUP and SIGUSR1 are handed on as SIGTERM.
+(default: cores / processes). PYTHONFAULTHANDLER=1, NCCL_DEBUG=WARN and PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True are
+set unless you set them. SIGTERM, SIGINT, SIGHUP and SIGUSR1 are handed on as SIGTERM.
 END
 }
 
@@ -36,7 +39,7 @@ source "$repository/launch/common.sh"
 
 declare -A option=(
     [nnodes]=1 [rdzv-endpoint]='' [node-rank]=${SLURM_NODEID:-} [nproc-per-node]='' [max-restarts]=0
-    [rdzv-id]=pretrain [join-timeout]=600 [stuck-timeout]=60
+    [rdzv-id]=pretrain [join-timeout]=600 [stuck-timeout]=60 [log-dir]=default
 )
 parse_options "$@"
 
@@ -50,11 +53,13 @@ expect_number stuck-timeout 2
 python=$(find_python)
 
 environment=(
-    "PYTHONPATH=$repository${PYTHONPATH:+:$PYTHONPATH}"
+    "${defaults[@]}" "PYTHONPATH=$repository${PYTHONPATH:+:$PYTHONPATH}"
     "OMP_NUM_THREADS=$(threads_of_process "${option[nproc-per-node]}")"
     # How long the ranks have to save when they are asked to end; torchrun's default is 30 s.
     "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-100}"
 )
+
+if ((cpu)); then environment+=(CUDA_VISIBLE_DEVICES=); fi
 
 if [[ -n ${option[rdzv-endpoint]} ]]; then
     endpoint=${option[rdzv-endpoint]} port=29500
@@ -87,8 +92,10 @@ fi
 torchrun=(env "${environment[@]}" "$python" -m torch.distributed.run "--nproc-per-node=${option[nproc-per-node]}")
 if [[ -n ${option[rdzv-endpoint]} ]]; then stuck_after=${option[stuck-timeout]}; fi
 check=("${torchrun[@]}" "${meet_to_check[@]}" -m ldadam_dist.preflight --output-dir "$(output_folder)")
+logs=${option[log-dir]}
+if [[ $logs == default ]]; then logs=$(output_folder)/logs; fi
 train=(
-    "${torchrun[@]}" "${meet_to_train[@]}" "--max-restarts=${option[max-restarts]}"
+    "${torchrun[@]}" "${meet_to_train[@]}" ${logs:+"--log-dir=$logs" --tee=3} "--max-restarts=${option[max-restarts]}"
     "$repository/launch/pretrain.py" "${training[@]}"
 )
 check_and_train

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shlex
@@ -69,11 +68,24 @@ def test_what_is_installed_is_pinned_and_declared() -> None:
         assert node["build"]["args"]["BASE_IMAGE"] == base  # type: ignore[index]
 
 
-def test_the_health_check_is_a_command_that_is_there() -> None:
-    (check,) = re.findall(r"^HEALTHCHECK .*CMD (.+)$", (DOCKER / "Dockerfile").read_text(), re.MULTILINE)
-    program, *arguments = json.loads(check)
-    assert program == "ldadam-dist"
-    assert entry_point(sys.executable, "-m", "ldadam_dist", *arguments, "--help").returncode == 0
+def test_nothing_but_the_training_runs_on_its_gpus() -> None:
+    assert re.findall(r"^HEALTHCHECK (.+)$", (DOCKER / "Dockerfile").read_text(), re.MULTILINE) == ["NONE"]
+
+
+def test_nccl_finds_the_drivers_of_infiniband() -> None:
+    assert {"libibverbs1", "ibverbs-providers"} <= set(re.findall(r"[\w.-]+", (DOCKER / "Dockerfile").read_text()))
+
+
+def test_commands_of_the_docs_reap_processes_and_have_the_limits() -> None:
+    text = (ROOT / "docs" / "docker.md").read_text().replace("\\\n", " ")
+    commands = re.findall(r"^    (docker run .+)$", text, re.MULTILINE)
+    assert len(commands) == 2
+    wanted = ["--init", "--shm-size 8g", "--ulimit memlock=-1", "--ulimit stack=67108864", "--stop-timeout 120"]
+    for command in commands:
+        assert [option for option in wanted if option not in command] == []
+    for node in services(COMPOSE[0]).values():
+        assert node["init"] is True
+        assert node["ulimits"] == {"memlock": -1, "stack": 67108864}
 
 
 def test_the_words_of_the_entry_point_are_scripts_of_launch() -> None:
@@ -123,6 +135,8 @@ def test_each_node_has_a_gpu_of_its_own() -> None:
         for node in services(COMPOSE[1]).values()
     ]
     assert devices == [["0"], ["1"]]
+    asked = [[node["environment"]["LDADAM_CPU"] for node in services(path).values()] for path in COMPOSE]  # type: ignore[index]
+    assert asked == [["1", "1"], ["0", "0"]]
     assert services(COMPOSE[1]).keys() == services(COMPOSE[0]).keys()
 
 

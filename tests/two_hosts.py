@@ -115,7 +115,7 @@ class Launcher(ABC):
 
 class Torchrun(Launcher):
     name = "torchrun"
-    script = (str(REPOSITORY / "launch" / "torchrun.sh"), "--stuck-timeout", "10")
+    script = (str(REPOSITORY / "launch" / "torchrun.sh"), "--cpu", "--stuck-timeout", "10")
 
     def two_hosts(self) -> dict[str, list[str]]:
         meet = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-endpoint", f"{ADDRESSES['host-a']}:29500"]
@@ -129,7 +129,7 @@ class DeepSpeed(Launcher):
     """The launcher on the first host, which reaches both with pdsh over ssh, a daemon with keys of its own on each."""
 
     name = "deepspeed"
-    script = (str(REPOSITORY / "launch" / "deepspeed.sh"),)
+    script = (str(REPOSITORY / "launch" / "deepspeed.sh"), "--cpu")
 
     def __init__(self, net: Network, folder: Path) -> None:
         super().__init__(net, folder)

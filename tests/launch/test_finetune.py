@@ -100,7 +100,7 @@ def test_accelerate_starts_two_ranks(name: str, tiny: list[str], tmp_path: Path,
     ]
     training = [*tiny, "--output_dir", tmp_path / "run", "--rank", "4", "--per_device_train_batch_size", "4"]
     training += ["--num_train_epochs", "1", "--logging_steps", "2", "--disable_tqdm", "true"]
-    done = run(["bash", SCRIPT, *options, *training], environment)
+    done = run(["bash", SCRIPT, "--cpu", *options, *training], environment)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "preflight: all is well" in done.stdout
     assert "eval_accuracy=" in done.stdout
@@ -205,7 +205,16 @@ def test_what_accelerate_sh_starts(tmp_path: Path, environment: dict[str, str]) 
     options = ["--num-machines", "2", "--machine-rank", "1", "--main-process-ip", "host1", "--num-processes", "16"]
     done = run(["bash", SCRIPT, "--dry-run", *options, "--output_dir", "out"], {**environment, "OMP_NUM_THREADS": "1"})
     check_line, train = (shlex.split(line) for line in done.stdout.splitlines())
-    start = ["env", f"PYTHONPATH={REPOSITORY}", "OMP_NUM_THREADS=1", sys.executable, "-m", "accelerate.commands.launch"]
+    defaults = ["PYTHONFAULTHANDLER=1", "NCCL_DEBUG=WARN", "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True"]
+    start = [
+        "env",
+        *defaults,
+        f"PYTHONPATH={REPOSITORY}",
+        "OMP_NUM_THREADS=1",
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+    ]
     start += [f"--config_file={REPOSITORY}/configs/accelerate/fsdp2.yaml", "--num_processes=16", "--num_machines=2"]
     start += ["--machine_rank=1", "--main_process_ip=host1"]
     port, preflight = "--main_process_port=29501", ["--module", "ldadam_dist.preflight", "--output-dir", "out"]

@@ -8,30 +8,27 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
-import torch
-import torch.distributed as dist
 from distributed import HANG_LIMIT
 
-from launch import distributed
 from launch.config import REPOSITORY
 from launch.runlog import read_log
 
 LAUNCH = REPOSITORY / "launch"
 SCRIPTS = [LAUNCH / name for name in ("torchrun.sh", "deepspeed.sh", "slurm.sbatch")]
 PRETRAIN = str(LAUNCH / "pretrain.py")
+DEFAULTS = ["PYTHONFAULTHANDLER=1", "NCCL_DEBUG=WARN", "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True"]
+"""What the scripts set unless it is set."""
 
 
 @pytest.fixture
 def environment(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """Without variables that the scripts look at, and with this interpreter."""
+    known = "SLURM_ LDADAM_ MASTER_ OMP_ NCCL_ GLOO_ TORCH_ PYTORCH_ HF_ PYTHONPATH PYTHONFAULT".split()
     for name in list(os.environ):
-        if name.startswith(
-            ("SLURM_", "LDADAM_DIST", "MASTER_", "OMP_", "NCCL_", "GLOO_", "TORCH_", "HF_", "PYTHONPATH")
-        ):
+        if name.startswith(tuple(known)):
             monkeypatch.delenv(name)
     monkeypatch.setenv("PYTHON", sys.executable)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
@@ -78,23 +75,18 @@ def test_help(script: Path, environment: dict[str, str]) -> None:
 
 
 def test_torchrun_on_one_host(environment: dict[str, str]) -> None:
-    options = [
-        "--nproc-per-node=2",
-        "--config",
-        "a file.yaml",
-        "--max-restarts",
-        "3",
-        "--output_dir",
-        "out",
-        "--lr",
-        "1",
-    ]
+    options = ["--nproc-per-node=2", "--config", "a file.yaml", "--max-restarts", "3", "--output_dir", "out", "--lr=1"]
     check, train = commands("torchrun.sh", *options, environment=environment, OMP_NUM_THREADS="7")
     start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
-    variables = [f"PYTHONPATH={REPOSITORY}", "OMP_NUM_THREADS=7", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=100"]
+    variables = [*DEFAULTS, f"PYTHONPATH={REPOSITORY}", "OMP_NUM_THREADS=7", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=100"]
     assert check == ["env", *variables, *start, "-m", "ldadam_dist.preflight", "--output-dir", "out"]
-    passed_on = ["--config", "a file.yaml", "--output_dir", "out", "--lr", "1"]
-    assert train == ["env", *variables, *start, "--max-restarts=3", PRETRAIN, *passed_on]
+    passed_on = ["--config", "a file.yaml", "--output_dir", "out", "--lr=1"]
+    logs = ["--log-dir=out/logs", "--tee=3"]
+    assert train == ["env", *variables, *start, *logs, "--max-restarts=3", PRETRAIN, *passed_on]
+    changed = {"NCCL_DEBUG": "INFO", "PYTORCH_ALLOC_CONF": "backend:native", "PYTHONFAULTHANDLER": ""}
+    _, train = commands("torchrun.sh", *options, "--log-dir=", "--cpu", environment=environment, **changed)
+    assert not any(word.startswith((*changed, "PYTORCH_CUDA", "--log-dir", "--tee")) for word in train)
+    assert "CUDA_VISIBLE_DEVICES=" in train
 
 
 def test_torchrun_on_several_hosts(environment: dict[str, str]) -> None:
@@ -111,19 +103,52 @@ def test_torchrun_on_several_hosts(environment: dict[str, str]) -> None:
 
 
 def test_processes_are_as_many_as_gpus(environment: dict[str, str]) -> None:
-    for devices, count in {"": 1, "0": 1, "2,5,7": 3}.items():
+    for devices, count in {"": 1, "0": 1, "2,5,7": 3, "0,-1,2": 1, "NoDevFiles": 1}.items():
         check, _ = commands("torchrun.sh", environment=environment, CUDA_VISIBLE_DEVICES=devices)
         assert f"--nproc-per-node={count}" in check
+    check, _ = commands("torchrun.sh", "--cpu", environment=environment, CUDA_VISIBLE_DEVICES="0,1")
+    assert "--nproc-per-node=1" in check
+
+
+@pytest.mark.parametrize(
+    "script", ["torchrun.sh --nproc-per-node 2", "deepspeed.sh --num-gpus 2", "accelerate.sh --num-processes 2"]
+)
+def test_a_host_without_a_gpu_trains_only_if_asked_to(script: str, environment: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "python").write_text("#!/usr/bin/env bash\n[[ $1 == */accelerate_config.py ]] || exit 3\n")
+    (tmp_path / "python").chmod(0o755)
+    fake = {"PYTHON": str(tmp_path / "python"), "SLURM_JOB_ID": "1"}
+    name, *options = script.split()
+    for devices in ("", "-1", "NoDevFiles"):
+        done = run(name, *options, environment=environment, CUDA_VISIBLE_DEVICES=devices, **fake)
+        assert done.returncode == 2
+        assert done.stderr.count("\n") == 1
+        assert f"CUDA_VISIBLE_DEVICES is '{devices}'" in done.stderr
+        assert "--cpu" in done.stderr
+    bare = {key: value for key, value in environment.items() if key != "CUDA_VISIBLE_DEVICES"}
+    if not shutil.which("nvidia-smi"):
+        assert "torch sees none" in run(name, *options, environment=bare, **fake).stderr
+    dry = run(name, "--dry-run", *options, environment=environment)
+    assert dry.returncode == 0  # on a login node it is right that there is none
+    assert "no GPU on" in dry.stderr
+    for asked, changed in ((["--cpu"], {}), ([], {"LDADAM_CPU": "1"})):
+        done = run(name, *asked, *options, environment=environment, **fake, **changed)
+        assert "no GPU on" not in done.stderr
+        assert done.returncode in (1, 2)  # of the fake python
+    if name == "deepspeed.sh":
+        done = run(name, "--cpu", *options, environment=environment, CUDA_VISIBLE_DEVICES="0", **fake)
+        assert "which has GPUs" in done.stderr
 
 
 def test_deepspeed_on_one_host(environment: dict[str, str]) -> None:
     options = ["--num_gpus", "2", "--master-port", "1234", "--output_dir=out", "--deepspeed", "zero.json"]
     check, train = commands("deepspeed.sh", *options, environment=environment, OMP_NUM_THREADS="1")
-    variables = [f"PYTHONPATH={REPOSITORY}", "OMP_NUM_THREADS=1"]
+    variables = [*DEFAULTS, f"PYTHONPATH={REPOSITORY}", "OMP_NUM_THREADS=1"]
     start = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level=warning", "--hostfile="]
     start += ["--num_gpus=2", "--master_port=1234"]
     assert check == ["env", *variables, *start, "--module", "ldadam_dist.preflight", "--output-dir", "out"]
     assert train == ["env", *variables, *start, PRETRAIN, "--output_dir=out", "--deepspeed", "zero.json"]
+    _, train = commands("deepspeed.sh", *options, "--log-dir", "logs", environment=environment)
+    assert "--enable_each_rank_log=logs" in train
 
 
 def test_deepspeed_on_several_hosts(environment: dict[str, str], tmp_path: Path) -> None:
@@ -134,7 +159,8 @@ def test_deepspeed_on_several_hosts(environment: dict[str, str], tmp_path: Path)
     printed = run("deepspeed.sh", "--dry-run", *options, environment=environment, **given).stdout.splitlines()
     threads = max(1, len(os.sched_getaffinity(0)) // 2)
     handed_on = [line.removeprefix("#").strip() for line in printed if line.startswith("#   ")]
-    assert handed_on == ["UCX_TLS=tcp", f"OMP_NUM_THREADS={threads}", "NCCL_DEBUG=INFO"]
+    defaults = [line for line in DEFAULTS if not line.startswith("NCCL_DEBUG")]
+    assert handed_on == ["UCX_TLS=tcp", f"OMP_NUM_THREADS={threads}", *defaults, "NCCL_DEBUG=INFO"]
     for command in commands("deepspeed.sh", *options, environment=environment, **given):
         assert {f"--hostfile={tmp_path}/hosts", "--include=a:0@b:1", "--launcher=pdsh", "DS_ENV_FILE=FILE"} <= set(
             command
@@ -231,6 +257,7 @@ def slurm(environment: dict[str, str], tmp_path: Path) -> Iterator[Callable[...,
             "PREFLIGHT_CODE": "0",
             "TICKS": "0",
             "SLURM_SUBMIT_DIR": REPOSITORY,
+            "LDADAM_CPU": "1",
         }
         copy = tmp_path / "slurm_script"  # SLURM runs a copy
         shutil.copy(LAUNCH / "slurm.sbatch", copy)
@@ -284,6 +311,9 @@ def test_slurm_dry_run_prints_the_command(
     assert logged(tmp_path) == ["scontrol show hostnames node[1-2]"]
     (outside,) = commands("slurm.sbatch", environment=environment, LDADAM_DIST=str(REPOSITORY))
     assert outside == [*expected, "--rdzv-id=0", "--rdzv-endpoint=FIRST_NODE:10000"]
+    cores = {"LDADAM_DIST": str(REPOSITORY), "SLURM_CPUS_PER_TASK": "48"}
+    (outside,) = commands("slurm.sbatch", environment=environment, **cores)
+    assert "--cpus-per-task=48" in outside[: outside.index(options[2])]
 
 
 def test_before_its_time_limit_a_job_saves_and_is_queued_again(
@@ -321,13 +351,15 @@ def test_slurm_really_trains(slurm: Callable[..., subprocess.Popen[str]], tiny_c
     assert process.returncode == 0, output
     assert "preflight: all is well" in output
     assert read_log(tmp_path / "run")[-1]["step"] == 10
+    kept = "".join(path.read_text() for path in (tmp_path / "run/logs").rglob("*/0/std*.log"))
+    assert "step" in kept
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", ["torchrun.sh --nproc-per-node", "deepspeed.sh --num-gpus"])
 def test_scripts_really_train(script: str, environment: dict[str, str], tiny_config: Path, tmp_path: Path) -> None:
     name, option = script.split()
-    arguments = [option, 2, "--config", tiny_config, "--output_dir", tmp_path / "run"]
+    arguments = ["--cpu", option, 2, "--config", tiny_config, "--output_dir", tmp_path / "run"]
     if name == "deepspeed.sh":
         pytest.importorskip("deepspeed")
         arguments += ["--deepspeed", REPOSITORY / "configs" / "deepspeed" / "zero2.json"]
@@ -335,17 +367,3 @@ def test_scripts_really_train(script: str, environment: dict[str, str], tiny_con
     assert done.returncode == 0, done.stdout + done.stderr
     assert "preflight: all is well" in done.stdout
     assert read_log(tmp_path / "run")[-1]["step"] == 10
-
-
-def test_all_groups_keep_the_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("default_pg_timeout", "default_pg_nccl_timeout"):  # put back in the end
-        monkeypatch.setattr(dist.distributed_c10d, name, getattr(dist.distributed_c10d, name))
-    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
-    distributed.start(needs_group=True, timeout_minutes=0.5)
-    try:
-        for group in (dist.group.WORLD, dist.new_group([0], backend="gloo")):
-            options = group._get_backend(torch.device("cpu")).options
-            assert options._timeout == timedelta(seconds=30)
-    finally:
-        distributed.stop()
