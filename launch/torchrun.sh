@@ -89,6 +89,7 @@ if [[ -n ${option[rdzv-endpoint]} ]]; then stuck_after=${option[stuck-timeout]};
 check=("${torchrun[@]}" "${meet_to_check[@]}" -m ldadam_dist.preflight --output-dir "$(output_folder)")
 train=(
     "${torchrun[@]}" "${meet_to_train[@]}" "--max-restarts=${option[max-restarts]}"
+    --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
     "$repository/launch/pretrain.py" "${training[@]}"
 )
 check_and_train
