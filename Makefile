@@ -45,7 +45,8 @@ install-dev: $(INSTALLED_DEV)  ## the same with ruff, mypy, shellcheck, hadolint
 THREADS := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(( $$(nproc) > $(NPROC) ? $$(nproc) / $(NPROC) : 1 ))}
 
 pretrain: $(INSTALLED)  ## train a small Llama on two FSDP2 ranks with LDAdamW
-	$(THREADS) $(VENV)/bin/torchrun --standalone --nproc-per-node $(NPROC) --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 \
+	$(THREADS) $(VENV)/bin/torchrun --standalone --nproc-per-node $(NPROC) \
+	    --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 \
 	    launch/pretrain.py --config configs/pretrain/default.yaml $(ARGS)
 
 # --num_gpus is the number of processes, on a machine without GPUs too.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
+import logging
 import sys
 import sysconfig
 from collections.abc import Iterator
@@ -98,6 +99,8 @@ class StreamedDataset:
         """The ``datasets.IterableDataset`` in which documents of the split are, others among them."""
         import datasets
 
+        # It tells of a broken line what first_damage says better.
+        logging.getLogger("datasets.packaged_modules.json.json").setLevel(logging.CRITICAL)
         options = self.options
         try:
             if self.kind == "hub":
