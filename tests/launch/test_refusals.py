@@ -7,10 +7,14 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from launch.config import ConfigError
+from launch.finetune import KEPT_ARGUMENTS, FinetuneOptions, _keep_options
 from launch.lock import LOCK_FILE
 from launch.pretrain import main as pretrain
 
@@ -127,3 +131,16 @@ def test_a_second_interrupt_ends_at_once() -> None:
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, timeout=50)
     assert done.returncode == 130
     assert b"interrupted again" in done.stderr
+
+
+def test_finetuning_goes_on_with_the_same_optimizer_only(tmp_path: Path) -> None:
+    args = SimpleNamespace(**dict.fromkeys(KEPT_ARGUMENTS, 0.1))
+    options = FinetuneOptions(model="m", data="d", rank=4)
+    _keep_options(tmp_path, None, options, args)
+    _keep_options(tmp_path, "checkpoint-1", options, args)
+    for changed in ({"rank": 8}, {"optimizer": "adamw"}):
+        with pytest.raises(ConfigError, match=f"{next(iter(changed))}=.* \\(was "):
+            _keep_options(tmp_path, "checkpoint-1", replace(options, **changed), args)
+    args.weight_decay = 0.0
+    with pytest.raises(ConfigError, match=r"weight_decay=0.0 \(was 0.1\)"):
+        _keep_options(tmp_path, "checkpoint-1", options, args)
