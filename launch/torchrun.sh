@@ -88,8 +88,7 @@ torchrun=(env "${environment[@]}" "$python" -m torch.distributed.run "--nproc-pe
 if [[ -n ${option[rdzv-endpoint]} ]]; then stuck_after=${option[stuck-timeout]}; fi
 check=("${torchrun[@]}" "${meet_to_check[@]}" -m ldadam_dist.preflight --output-dir "$(output_folder)")
 train=(
-    "${torchrun[@]}" "${meet_to_train[@]}" "--max-restarts=${option[max-restarts]}"
-    --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
+    "${torchrun[@]}" "${meet_to_train[@]}" "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1" "--max-restarts=${option[max-restarts]}"
     "$repository/launch/pretrain.py" "${training[@]}"
 )
 check_and_train
