@@ -94,7 +94,8 @@ def test_torchrun_on_one_host(environment: dict[str, str]) -> None:
     variables = [f"PYTHONPATH={REPOSITORY}", "OMP_NUM_THREADS=7", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=100"]
     assert check == ["env", *variables, *start, "-m", "ldadam_dist.preflight", "--output-dir", "out"]
     passed_on = ["--config", "a file.yaml", "--output_dir", "out", "--lr", "1"]
-    assert train == ["env", *variables, *start, "--max-restarts=3", PRETRAIN, *passed_on]
+    signals = "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
+    assert train == ["env", *variables, *start, signals, "--max-restarts=3", PRETRAIN, *passed_on]
 
 
 def test_torchrun_on_several_hosts(environment: dict[str, str]) -> None:
