@@ -46,6 +46,7 @@ THREADS := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(( $$(nproc) > $(NPROC) ? $$(np
 
 pretrain: $(INSTALLED)  ## train a small Llama on two FSDP2 ranks with LDAdamW
 	$(THREADS) $(VENV)/bin/torchrun --standalone --nproc-per-node $(NPROC) \
+	    --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 \
 	    launch/pretrain.py --config configs/pretrain/default.yaml $(ARGS)
 
 # --num_gpus is the number of processes, on a machine without GPUs too.

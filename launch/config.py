@@ -6,8 +6,10 @@ Names are unique over all sections, so both the YAML file and the command line a
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
 import sys
+from argparse import ArgumentError
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +25,10 @@ DEFAULT_BETAS = {"ldadamw": (0.908, 0.99), "adamw": (0.9, 0.95)}
 
 class ConfigError(ValueError):
     """An option, or the data it points to, is not usable: what was found, what was expected, what to do."""
+
+
+def one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
 
 
 def option(default: Any, description: str) -> Any:
@@ -155,7 +161,7 @@ class OptimizerOptions:
     metrics_every: int = option(
         0, "ldadamw: measure norms, captured energy and the subspace every so many steps, for the next log; 0: never"
     )
-    warmup_steps: int = option(40, "steps of linear warm-up")
+    warmup_steps: int = option(40, "steps of linear warm-up; all steps, if the run is shorter")
     min_lr_ratio: float = option(0.1, "the cosine ends at this share of the peak")
 
     def __post_init__(self) -> None:
@@ -190,7 +196,9 @@ class RunOptions:
     steps: int = option(400, "optimizer steps")
     batch_size: int = option(16, "sequences in a step, over all ranks")
     micro_batch_size: int | None = option(
-        None, "sequences in one forward pass of one rank; gradients accumulate to the batch (default: all at once)"
+        None,
+        "at most so many sequences in one forward pass of one rank: the largest divisor of its share of the batch "
+        "is taken; gradients accumulate (default: all at once)",
     )
     seed: int = option(0, "seed of the weights and of the order of the data")
     eval_every: int = option(50, "steps between validations; 0 validates at the end only")
@@ -237,10 +245,6 @@ class Config:
 
     def __post_init__(self) -> None:
         expect(
-            self.optimizer.warmup_steps <= self.run.steps,
-            f"warmup_steps={self.optimizer.warmup_steps} is longer than the run of steps={self.run.steps}",
-        )
-        expect(
             not (self.optimizer.error_in_grad and self.model.deepspeed),
             "error_in_grad=True with deepspeed, whose gradients are its own: remove one",
         )
@@ -271,6 +275,7 @@ SECTIONS: dict[str, type] = {
 
 def make_parser() -> ArgumentParser:
     parser = ArgumentParser(
+        exit_on_error=False,
         usage="%(prog)s [--config FILE] [--<option> <value> ...]",
         description="Pretrain a Llama with LDAdamW or AdamW on one device, or on many under torchrun or deepspeed.",
         epilog="example: torchrun --standalone --nproc-per-node 2 launch/pretrain.py "
@@ -293,12 +298,24 @@ def parse_config(arguments: Sequence[str] | None = None) -> Config:
     # The deepspeed launcher adds --local_rank=N to a script's arguments; LOCAL_RANK in the environment says the same.
     given = sys.argv[1:] if arguments is None else arguments
     arguments = [argument for argument in given if not argument.startswith("--local_rank=")]
-    options: Namespace = parser.parse_args(arguments)
     try:
+        refuse_unknown(parser, arguments)
+        options: Namespace = parser.parse_args(arguments)
         sections = {
             name: section(**{entry.name: options[entry.name] for entry in dataclasses.fields(section)})
             for name, section in SECTIONS.items()
         }
         return Config(**sections)
-    except ConfigError as error:
-        parser.error(str(error))
+    except (ConfigError, ArgumentError) as error:
+        print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+def refuse_unknown(parser: ArgumentParser, arguments: Sequence[str]) -> None:
+    known = parser._option_string_actions
+    for given in arguments:
+        name = given.partition("=")[0]
+        if name.startswith("--") and name not in known:
+            near = difflib.get_close_matches(name, known, n=3)
+            hint = f"did you mean {' or '.join(near)}?" if near else "--help lists the options"
+            raise ConfigError(f"unknown option {name}: {hint}")

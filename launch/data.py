@@ -7,6 +7,7 @@ the same number of sequences, and the batches of a run do not depend on the numb
 from __future__ import annotations
 
 import os
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -91,7 +92,7 @@ class StreamedSequences:
         self.dataset = self.source.open("train")
         if state is not None:
             self.dataset.load_state_dict(state)
-        self._examples = iter(self.dataset)
+        self._examples = self.source.examples(self.dataset)
         self._found_any = state is not None
 
     def _here(self) -> dict[str, Any]:
@@ -154,6 +155,8 @@ def validation_sequences(
     options: DataOptions, source: StandardLibrary | StreamedDataset, encoder: TextEncoder, world: World
 ) -> np.ndarray:
     """(sequences, seq_len), the same on every rank and in every run on the same data."""
+    if world.is_main and isinstance(source, StreamedDataset) and source.holds_out_tail:
+        print(f"{source.files[0]} is one document: its last {options.validation_fraction:.1%} are held out", flush=True)
     limit = options.validation_tokens
     path = cache_path(options, "validation", source.fingerprint, encoder.fingerprint, limit)
     tokens = cached_array(path, lambda: encoder.encode_all(source.texts("validation"), at_most=limit), world)
@@ -185,11 +188,15 @@ def cache_path(options: DataOptions, name: str, *key: object) -> Path:
 
 def cached_array(path: Path, build: Callable[[], np.ndarray], world: World) -> np.ndarray:
     """The array at ``path``, built by one process of each machine if it is missing, never seen half written."""
-    if world.local_rank == 0 and not path.is_file():
+
+    def build_missing() -> None:
+        if world.local_rank or path.is_file():
+            return
         print(f"tokenising (once; kept in {path})", flush=True)
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}.tmp.npy")
+        temporary = path.with_suffix(f".{uuid.uuid4().hex}.tmp.npy")
         np.save(temporary, build())
         os.replace(temporary, path)
-    world.barrier()
+
+    world.attempt(build_missing)
     return np.load(path, mmap_mode="r")

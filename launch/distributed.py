@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
-from launch.config import expect
+from launch.config import ConfigError, expect
 from ldadam_dist.network import choose_interface
 
 
@@ -89,6 +89,7 @@ class World:
 
         Raises:
             FailedRankError: on every process, if it raised on one.
+            ConfigError: the same, if what was raised is one.
         """
         error: Exception | None = None
         result: Any = None
@@ -96,11 +97,14 @@ class World:
             result = function(*args)
         except Exception as raised:
             error = raised
-        told = None if error is None else f"{type(error).__name__}: {error}"
+        is_config = isinstance(error, ConfigError)
+        told = None if error is None else (is_config, str(error) if is_config else f"{type(error).__name__}: {error}")
         outcomes = self.gather((result, told))
         failed = [(rank, told) for rank, (_, told) in enumerate(outcomes) if told]
         if failed:
-            rank, told = failed[0]
+            rank, (is_config, told) = failed[0]
+            if is_config:
+                raise ConfigError(told) from error
             where = f"rank {rank}: " if self.size > 1 else ""
             raise FailedRankError(f"{where}{told}") from error
         return [result for result, _ in outcomes]

@@ -11,6 +11,7 @@ Options of transformers' TrainingArguments are options here too.
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -21,7 +22,15 @@ from typing import Any
 # Run as a file, Python looks for modules in launch/ alone: name the repository as well.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from launch.config import ConfigError, expect
+from launch.config import ConfigError, expect, one_line
+
+OPTIONS_FILE = "finetune_options.json"
+# With what the optimizer in a checkpoint was made: a run that goes on from it has the same.
+KEPT_OPTIONS = ("optimizer", "rank", "lr_other")
+KEPT_ARGUMENTS = (
+    *("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optim_args"),
+    "optim_target_modules",
+)
 
 
 @dataclass
@@ -48,13 +57,21 @@ class FinetuneOptions:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code: 0; 2 for options, a model or data that cannot be used."""
+    """Exit code: 0; 2 for options, a model, data or a folder that cannot be used; 130 for Ctrl-C."""
+    from launch import lock
+
     try:
         options, args = parse(sys.argv[1:] if arguments is None else arguments)
         result = finetune(options, args)
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
         return 2
+    except KeyboardInterrupt:
+        print("error: interrupted: the same command goes on from the last checkpoint", file=sys.stderr, flush=True)
+        return 130
+    finally:
+        lock.release()
     if args.process_index == 0:
         print(" ".join(f"{name}={value:.4f}" for name, value in sorted(result.items()) if name.startswith("eval_")))
     return 0
@@ -151,7 +168,15 @@ def finetune(options: FinetuneOptions, args: Any) -> dict[str, float]:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, Trainer
     from transformers.trainer_utils import get_last_checkpoint
 
+    from launch import lock
     from launch.classes import labelled_texts
+    from launch.distributed import World
+
+    folder = Path(args.output_dir)
+    world = World(args.process_index, args.world_size, args.local_process_index, args.device)
+    lock.hold(folder, world)
+    checkpoint = world.attempt_on_main(lambda: None if options.fresh else get_last_checkpoint(folder))
+    world.attempt_on_main(_keep_options, folder, checkpoint, options, args)
 
     with args.main_process_first(desc="data"):
         data = labelled_texts(options.data, options.text_column, options.label_column, options.validation_fraction)
@@ -183,13 +208,35 @@ def finetune(options: FinetuneOptions, args: Any) -> dict[str, float]:
         callbacks=callbacks,
         **optimizer,
     )
-    folder = Path(args.output_dir)
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if folder.is_dir() and not options.fresh else None)
+    trainer.train(resume_from_checkpoint=checkpoint)
     result: dict[str, float] = trainer.evaluate()
     trainer.save_model()
     trainer.save_state()
     trainer.save_metrics("eval", result)
     return result
+
+
+def _keep_options(folder: Path, checkpoint: str | None, options: FinetuneOptions, args: Any) -> None:
+    """Write down what the optimizer is made with; before that, compare it with the run that is gone on with."""
+    from launch.runlog import replace_text
+
+    path = folder / OPTIONS_FILE
+    current = {name: getattr(options, name) for name in KEPT_OPTIONS}
+    current |= {name: getattr(args, name) for name in KEPT_ARGUMENTS}
+    current = json.loads(json.dumps(current, default=str))
+    if checkpoint and path.exists():
+        try:
+            saved = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ConfigError(f"{path} is damaged ({error}): remove it, or give --fresh true") from error
+        different = [name for name in current if saved.get(name) != current[name]]
+        said = ", ".join(f"{name}={current[name]!r} (was {saved.get(name)!r})" for name in different)
+        expect(
+            not different,
+            f"output_dir={str(folder)!r} holds a run with other options: {said}. Give the same ones, choose another "
+            "folder, or start anew with --fresh true",
+        )
+    replace_text(path, json.dumps(current, indent=1) + "\n")
 
 
 def _optimizer(options: FinetuneOptions, args: Any, model: Any) -> tuple[dict[str, Any], list[Any]]:

@@ -60,6 +60,6 @@ def lr_factor(step: int, *, steps: int, warmup_steps: int, min_lr_ratio: float) 
 
 def build_scheduler(optimizer: torch.optim.Optimizer, options: OptimizerOptions, steps: int) -> LambdaLR:
     factor = functools.partial(
-        lr_factor, steps=steps, warmup_steps=options.warmup_steps, min_lr_ratio=options.min_lr_ratio
+        lr_factor, steps=steps, warmup_steps=min(options.warmup_steps, steps), min_lr_ratio=options.min_lr_ratio
     )
     return LambdaLR(optimizer, factor)

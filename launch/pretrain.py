@@ -17,18 +17,19 @@ from pathlib import Path
 # Run as a file, Python looks for modules in launch/ alone: name the repository as well.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from launch.config import ConfigError, parse_config
+from launch.config import ConfigError, one_line, parse_config
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0, also when a signal asked to stop and a checkpoint was saved; 1 when the training diverged or a
-    checkpoint could not be written; 2 for options or data that cannot be used.
+    checkpoint could not be written; 2 for options or data that cannot be used; 130 when Ctrl-C ended it unsaved.
     """
     config = parse_config(arguments)
 
     # After the options are checked: these take seconds to import.
-    from launch import distributed
+    from launch import distributed, lock
     from launch.checkpoint import CheckpointError
+    from launch.stopping import INTERRUPTED
     from launch.trainer import Trainer
 
     world = None
@@ -38,8 +39,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ConfigError, FloatingPointError, CheckpointError, distributed.FailedRankError) as error:
         alone = isinstance(error, CheckpointError) and not isinstance(error.__cause__, distributed.FailedRankError)
         if world is None or world.is_main or alone:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
         return 2 if isinstance(error, ConfigError) else 1
+    except KeyboardInterrupt:  # before the first step, when there is nothing to save
+        if world is None or world.is_main:
+            print("error: interrupted before the first step", file=sys.stderr, flush=True)
+        if world is not None and world.size > 1:
+            distributed.leave(INTERRUPTED)
+        return INTERRUPTED
     except Exception as error:
         has_others = world is not None and world.size > 1
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -52,6 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             distributed.leave(1)
         return 1
     finally:
+        lock.release()
         distributed.stop()
     return 0
 

@@ -14,6 +14,7 @@ from launch.checkpoint import TRAINER_FILE, checkpoints, step_of
 from launch.checksums import find_damage
 from launch.config import Config, expect
 from launch.distributed import World
+from launch.lock import hold
 from launch.runlog import LOG_FILE
 
 CHECKPOINTS = "checkpoints"
@@ -57,6 +58,7 @@ def find_run(config: Config, world: World) -> Start:
         folder = named.parents[1]
     else:
         folder = Path(world.broadcast(default_folder(config)))
+    hold(folder, world)
     if begun or resume in ("auto", "latest"):
         checkpoint = newest_complete(folder / CHECKPOINTS, world)
         if checkpoint is not None:
@@ -84,12 +86,18 @@ def named_checkpoint(resume: str, world: World) -> Path:
 
 def newest_complete(folder: Path, world: World) -> Path | None:
     """The newest checkpoint whose files are what was written; those that are passed over are named."""
-    for checkpoint in reversed(world.attempt_on_main(checkpoints, folder)):
+    found = world.attempt_on_main(checkpoints, folder)
+    for checkpoint in reversed(found):
         damage = find_damage(checkpoint, world)
         if damage is None:
             return checkpoint.resolve()
         if world.is_main:
             print(f"warning: {checkpoint} is damaged and passed over: {damage}", flush=True)
+    expect(
+        not found,
+        f"{folder}: all {len(found)} checkpoint(s) are damaged, so nothing is left to go on from. Restore one, or "
+        "start anew in another output_dir",
+    )
     return None
 
 

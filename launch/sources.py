@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import json
+import logging
 import sys
 import sysconfig
 from collections.abc import Iterator
@@ -81,15 +83,24 @@ class StreamedDataset:
         for name in unused:
             if getattr(options, name) is not None:
                 raise ConfigError(f"{name}={getattr(options, name)!r} has no effect on {self.kind} data: remove it")
+        for path in self.files:
+            refuse_unreadable(path, self.kind)
+        if self.files and not any(path.stat().st_size for path in self.files):
+            raise ConfigError(f"data={options.data!r} is empty: expected text")
+        # A single document cannot be held out whole: its end is.
+        self.holds_out_tail = self.kind == "text" and options.text_unit is None and len(self.files) == 1
         self.column = options.text_column or "text"
         sizes = [f"{path}:{path.stat().st_size}:{path.stat().st_mtime_ns}" for path in self.files]
         splits = (options.data_subset, options.data_split, options.validation_split, options.validation_fraction)
-        self.fingerprint = digest(options.data, *splits, self.column, options.text_unit, *sizes)
+        unit = "tail" if self.holds_out_tail else options.text_unit
+        self.fingerprint = digest(options.data, *splits, self.column, unit, *sizes)
 
     def open(self, split: Split) -> Any:
         """The ``datasets.IterableDataset`` in which documents of the split are, others among them."""
         import datasets
 
+        # It tells of a broken line what first_damage says better.
+        logging.getLogger("datasets.packaged_modules.json.json").setLevel(logging.CRITICAL)
         options = self.options
         try:
             if self.kind == "hub":
@@ -104,6 +115,20 @@ class StreamedDataset:
         except (OSError, ValueError) as error:
             raise ConfigError(f"data={options.data!r} is neither a local file nor a hub data set: {error}") from error
 
+    def examples(self, dataset: Any) -> Iterator[dict[str, Any]]:
+        """What the data set holds.
+
+        Raises:
+            ConfigError: a file is not of its kind; the message names it, and the line.
+        """
+        try:
+            yield from dataset
+        except Exception as error:
+            where = first_damage(self.files, self.kind)
+            if where is None:
+                raise
+            raise ConfigError(f"data={self.options.data!r}: {where}") from error
+
     def text(self, example: dict[str, Any], split: Split) -> str | None:
         """The example's text if it belongs to the split."""
         if self.column not in example:
@@ -113,13 +138,16 @@ class StreamedDataset:
         text = example[self.column]
         if not text:
             return None
+        if self.holds_out_tail:
+            cut = round(len(text) * (1 - self.options.validation_fraction))
+            return (text[cut:] if split == "validation" else text[:cut]) or None
         if self.options.validation_split is None:
             held_out = is_held_out(text, self.options.validation_fraction)
             return text if held_out == (split == "validation") else None
         return text
 
     def texts(self, split: Split) -> Iterator[str]:
-        for example in self.open(split):
+        for example in self.examples(self.open(split)):
             if (text := self.text(example, split)) is not None:
                 yield text
 
@@ -131,6 +159,53 @@ def open_source(options: DataOptions) -> StandardLibrary | StreamedDataset:
                 raise ConfigError(f"{name}={getattr(options, name)!r} has no effect on data=stdlib: remove it")
         return StandardLibrary(options)
     return StreamedDataset(options)
+
+
+def refuse_unreadable(path: Path, kind: str) -> None:
+    """What its first and last bytes tell of a file before it is read."""
+    if path.suffix in COMPRESSED:
+        return
+    try:
+        with path.open("rb") as file:
+            head = file.read(4096)
+            if kind == "parquet":
+                file.seek(max(0, path.stat().st_size - 4))
+                if head[:4] != b"PAR1" or file.read() != b"PAR1":
+                    raise ConfigError(f"data: {path} is not a whole Parquet file: it was cut, or is something else")
+    except OSError as error:
+        raise ConfigError(f"data: {path} cannot be read: {error.strerror}") from error
+    if kind != "parquet" and (b"\0" in head or head.startswith((b"PK\x03\x04", b"%PDF-"))):
+        raise ConfigError(f"data: {path} is not text but binary: expected UTF-8. Convert it, or choose other files")
+
+
+def first_damage(files: list[Path], kind: str) -> str | None:
+    """The first file, and line, that is not of its kind; None if none is."""
+    for path in files:
+        if path.suffix in COMPRESSED:
+            continue
+        if kind == "parquet":
+            import pyarrow.parquet
+
+            try:
+                for _ in pyarrow.parquet.ParquetFile(path).iter_batches():
+                    pass
+            except (OSError, ValueError) as error:
+                return f"{path} is damaged: {error}"
+        elif suffix(path) == ".jsonl":
+            with path.open("rb") as file:
+                for number, line in enumerate(file, 1):
+                    try:
+                        fits = not line.strip() or isinstance(json.loads(line), dict)
+                    except ValueError:
+                        fits = False
+                    if not fits:
+                        return f"{path}, line {number}: expected a JSON object, found {line[:40]!r}"
+        elif kind == "json":
+            try:
+                json.loads(path.read_bytes())
+            except ValueError as error:
+                return f"{path} is not JSON: {error}"
+    return None
 
 
 def suffix(path: Path) -> str:

@@ -1,16 +1,22 @@
-"""Being asked to stop: schedulers send a signal some time before they take the machine away."""
+"""Being asked to stop: by Ctrl-C, or by a scheduler some time before it takes the machine away."""
 
 from __future__ import annotations
 
+import os
 import signal
+import time
 from types import FrameType
 from typing import Any
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+INTERRUPTED = 128 + signal.SIGINT
+SAME_INTERRUPT = 1.0  # seconds: a launcher hands on the Ctrl-C that the terminal has sent to its ranks as well
 
 
 class StopRequest:
-    """Notes SIGTERM and SIGUSR1 while it is entered, for the training loop to look at between steps.
+    """Notes SIGTERM, SIGUSR1 and SIGINT while it is entered, for the training loop to look at between steps.
+
+    A second SIGINT ends the process at once, with exit code 130.
 
     Attributes:
         signal: the number of the last one that came; 0 before.
@@ -18,6 +24,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal = 0
+        self._interrupted_at: float | None = None
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
@@ -30,3 +37,11 @@ class StopRequest:
 
     def _note(self, number: int, _: FrameType | None) -> None:
         self.signal = number
+        if number == signal.SIGINT:
+            now = time.monotonic()
+            if self._interrupted_at is not None and now - self._interrupted_at > SAME_INTERRUPT:
+                os.write(2, b"\nerror: interrupted again: ended without a checkpoint of this step\n")
+                os._exit(INTERRUPTED)
+            if self._interrupted_at is None:
+                os.write(2, b"\ninterrupted: finishing the step and saving; Ctrl-C again ends at once\n")
+                self._interrupted_at = now

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -67,10 +68,9 @@ def batches(texts: Iterable[str], characters: int) -> Iterator[list[str]]:
 def load_tokenizer(options: DataOptions, source: Source, world: World, saved: Path | None = None) -> TextEncoder:
     """The tokenizer that the options name; ``saved`` is the one that a run has trained with, as JSON."""
     if options.tokenizer == "bpe":
-        text = None
-        if world.is_main:
-            text = saved.read_text(encoding="utf-8") if saved else trained_bpe(options, source)
-        text = world.broadcast(text)
+        text = world.attempt_on_main(
+            lambda: saved.read_text(encoding="utf-8") if saved else trained_bpe(options, source)
+        )
         tokenizer = Tokenizer.from_str(text)
         return TextEncoder(tokenizer, tokenizer.token_to_id(EOS))
     from transformers import AutoTokenizer
@@ -93,7 +93,7 @@ def trained_bpe(options: DataOptions, source: Source) -> str:
         print(f"training a byte-level BPE of {vocab_size:,} tokens (once; kept in {path})", flush=True)
         text = train_bpe(next(batches(source.texts("train"), TRAINING_CHARACTERS), []), vocab_size)
         folder.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        temporary = path.with_suffix(f".{uuid.uuid4().hex}.tmp")
         temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)
     return path.read_text(encoding="utf-8")

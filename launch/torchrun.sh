@@ -95,7 +95,8 @@ check=("${torchrun[@]}" "${meet_to_check[@]}" -m ldadam_dist.preflight --output-
 logs=${option[log-dir]}
 if [[ $logs == default ]]; then logs=$(output_folder)/logs; fi
 train=(
-    "${torchrun[@]}" "${meet_to_train[@]}" ${logs:+"--log-dir=$logs" --tee=3} "--max-restarts=${option[max-restarts]}"
+    "${torchrun[@]}" "${meet_to_train[@]}" "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
+    ${logs:+"--log-dir=$logs" --tee=3} "--max-restarts=${option[max-restarts]}"
     "$repository/launch/pretrain.py" "${training[@]}"
 )
 check_and_train

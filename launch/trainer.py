@@ -99,9 +99,13 @@ class Trainer:
                 f"{config.optimizer.optimizer}: {self.engine.parameter_count:,} parameters, {self.engine.parallel} on "
                 f"{world.size} x {world.device.type}, {'bf16' if self.engine.bf16 else 'fp32'}; output in {self.folder}"
             )
+            if config.optimizer.warmup_steps > run.steps:
+                self.log.say(f"warmup_steps={config.optimizer.warmup_steps} is cut to steps={run.steps}")
+            if self.progress.step >= run.steps:
+                self.log.say(f"this run is complete: step {self.progress.step} of steps={run.steps}, nothing to train")
 
     def train(self) -> None:
-        """All steps that are left, then the summary; fewer if SIGTERM or SIGUSR1 asks to stop.
+        """All steps that are left, then the summary; fewer if SIGTERM, SIGUSR1 or SIGINT asks to stop.
 
         Raises:
             FloatingPointError: the loss is not finite.
@@ -263,15 +267,14 @@ class Trainer:
 def micro_batch_size(config: Config, world: World) -> int:
     """Sequences in one forward pass of one rank."""
     batch_size = config.run.batch_size
+    below = batch_size // world.size * world.size
+    near = " or ".join(str(size) for size in (below, below + world.size) if size)
+    ranks = max(size for size in range(1, min(world.size, batch_size) + 1) if batch_size % size == 0)
     expect(
-        batch_size % world.size == 0,
-        f"batch_size={batch_size} sequences cannot be split evenly over {world.size} ranks: choose a multiple",
+        batch_size == below,
+        f"batch_size={batch_size} sequences cannot be split evenly over {world.size} ranks: choose {near}, "
+        f"or start {ranks} rank(s)",
     )
     share = batch_size // world.size
-    size = config.run.micro_batch_size or share
-    expect(
-        share % size == 0,
-        f"micro_batch_size={size} does not divide the {share} sequences of one rank "
-        f"(batch_size={batch_size} over {world.size} ranks)",
-    )
-    return size
+    at_most = min(config.run.micro_batch_size or share, share)
+    return max(size for size in range(1, at_most + 1) if share % size == 0)

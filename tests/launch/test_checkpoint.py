@@ -218,15 +218,16 @@ def test_a_named_checkpoint_is_what_the_run_goes_on_from(start: Start, tmp_path:
 
 
 @pytest.mark.slow
-def test_a_run_whose_checkpoints_are_all_damaged_starts_anew(start: Start, tmp_path: Path, whole: Path) -> None:
-    """It saves at the same steps again, and keeps what it saves."""
+def test_a_run_whose_checkpoints_are_all_damaged_is_refused(start: Start, tmp_path: Path, whole: Path) -> None:
+    """Nothing of it is lost."""
     run = tmp_path / "run"
     shutil.copytree(whole, run)
     for step in (6, 10):
         flip_a_bit(run / "checkpoints" / f"step_{step:06}" / "__0_0.distcp")
-    assert start("--keep_last", "1") == 0
-    assert names(run) == ["step_000006.left", "step_000010", "step_000010.left"]
-    same_weights(run, whole)
+    before = (run / "log.jsonl").read_text()
+    assert start("--keep_last", "1") == 2
+    assert names(run) == ["step_000006", "step_000010"]
+    assert (run / "log.jsonl").read_text() == before
 
 
 @pytest.mark.slow

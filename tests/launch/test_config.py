@@ -10,7 +10,7 @@ from launch.compare import main as compare
 from launch.config import MODELS, ConfigError, parse_config
 from launch.distributed import World
 from launch.model import llama_config
-from launch.optim import build_optimizer, lr_factor
+from launch.optim import build_optimizer, build_scheduler, lr_factor
 from launch.pretrain import main as pretrain
 from launch.tokenizer import TextEncoder, train_bpe
 from launch.trainer import micro_batch_size
@@ -92,7 +92,8 @@ def test_unknown_keys_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[
         ("--error_in_grad true --deepspeed configs/deepspeed/zero2.json", "error_in_grad=True with deepspeed"),
         ("--clip -1", "clip=-1.0"),
         ("--steps 0", "steps=0"),
-        ("--steps 10", "warmup_steps=40"),
+        ("--stepz 10", "did you mean --steps"),
+        ("--error_dtype fp8", "fp8"),
         ("--min_lr_ratio 2", "min_lr_ratio=2"),
         ("--model llama_8m", "llama_8m"),
         ("--vocab_size 256", "vocab_size=256"),
@@ -110,10 +111,25 @@ def test_bad_values_are_refused(arguments: str, named: str, capsys: pytest.Captu
 def test_batches_that_cannot_be_split_are_refused() -> None:
     world = World(dp_rank=0, size=2, local_rank=0, device=CPU)
     assert micro_batch_size(parse_config(["--batch_size", "6"]), world) == 3
-    with pytest.raises(ConfigError, match="batch_size=5"):
+    with pytest.raises(ConfigError, match=r"batch_size=5 .* choose 4 or 6, or start 1 rank"):
         micro_batch_size(parse_config(["--batch_size", "5"]), world)
-    with pytest.raises(ConfigError, match="micro_batch_size=2"):
-        micro_batch_size(parse_config(["--batch_size", "6", "--micro_batch_size", "2"]), world)
+    assert micro_batch_size(parse_config(["--batch_size", "12", "--micro_batch_size", "4"]), world) == 3
+
+
+@pytest.mark.parametrize("ranks", [1, 16, 32, 64, 512])
+def test_shipped_configurations_fit_many_ranks(ranks: int) -> None:
+    world = World(dp_rank=0, size=ranks, local_rank=0, device=CPU)
+    for path in CONFIGS.glob("llama_*.yaml"):
+        config = parse_config(["--config", str(path)])
+        size = micro_batch_size(config, world)
+        assert size <= (config.run.micro_batch_size or 512)
+        assert config.run.batch_size % (ranks * size) == 0
+
+
+def test_a_warm_up_is_no_longer_than_the_run() -> None:
+    parameter = torch.nn.Parameter(torch.ones(()))
+    scheduler = build_scheduler(torch.optim.SGD([parameter], lr=1.0), parse_config(["--steps", "4"]).optimizer, 4)
+    assert [scheduler.lr_lambdas[0](step) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
 
 
 def test_unknown_model_keys_and_long_sequences_are_refused(tmp_path: Path) -> None:

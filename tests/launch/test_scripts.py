@@ -81,8 +81,9 @@ def test_torchrun_on_one_host(environment: dict[str, str]) -> None:
     variables = [*DEFAULTS, f"PYTHONPATH={REPOSITORY}", "OMP_NUM_THREADS=7", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=100"]
     assert check == ["env", *variables, *start, "-m", "ldadam_dist.preflight", "--output-dir", "out"]
     passed_on = ["--config", "a file.yaml", "--output_dir", "out", "--lr=1"]
+    signals = "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
     logs = ["--log-dir=out/logs", "--tee=3"]
-    assert train == ["env", *variables, *start, *logs, "--max-restarts=3", PRETRAIN, *passed_on]
+    assert train == ["env", *variables, *start, signals, *logs, "--max-restarts=3", PRETRAIN, *passed_on]
     changed = {"NCCL_DEBUG": "INFO", "PYTORCH_ALLOC_CONF": "backend:native", "PYTHONFAULTHANDLER": ""}
     _, train = commands("torchrun.sh", *options, "--log-dir=", "--cpu", environment=environment, **changed)
     assert not any(word.startswith((*changed, "PYTORCH_CUDA", "--log-dir", "--tee")) for word in train)
