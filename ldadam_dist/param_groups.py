@@ -65,8 +65,8 @@ def build_param_groups(
         rank: directions kept of each projected matrix; None leaves it to the optimizer (16 by default).
         lr, lr_other: learning rate of the projected matrices, and of everything else, which has `lr` too if it is not
             given; None for both leaves them to the optimizer.
-        lr_scale_other: in the place of `lr_other`, a multiple of `lr`, which the groups keep as `lr_scale`. So the ratio
-            stays where a loop writes one lr into every group.
+        lr_scale_other: in the place of `lr_other`, a multiple of `lr`, which the groups keep as `lr_scale`. So the
+            ratio stays where a loop writes one lr into every group.
         weight_decay: of matrices, embeddings and everything else with two dimensions or more; None leaves it to the
             optimizer. Biases, norms and other vectors have none, as in Hugging Face's Trainer.
         include: project only what this matches. A list holds names, parts of names or regular expressions for whole
@@ -83,9 +83,9 @@ def build_param_groups(
             bare parameters, for libraries that read groups before the optimizer does.
     Returns:
         Groups with `params`, `enable_lowrank` and, where they are known, `rank`, `lr`, `lr_scale`, `weight_decay` and
-        `proj_type`: one group of matrices, one for each rank of `rank_pattern`, with `flatten` one of convolutions, then
-        the rest with and without weight decay; no group is empty. Which groups there are follows from the model and the
-        patterns alone, so that a run may resume with another learning rate or weight decay.
+        `proj_type`: one group of matrices, one for each rank of `rank_pattern`, with `flatten` one of convolutions,
+        then the rest with and without weight decay; no group is empty. Which groups there are follows from the model
+        and the patterns alone, so that a run may resume with another learning rate or weight decay.
     """
     if lr_other is not None and lr_scale_other is not None:
         raise ValueError(
@@ -286,7 +286,7 @@ def _fold(rows: list[_Row]) -> list[_Row]:
 
 
 def _render(rows: list[_Row], frozen: list[int] | None) -> str:
-    cells = [("parameter", "shape", "rule", "side", "rank", "state", "of AdamW")]
+    cells: list[tuple[str, ...]] = [("parameter", "shape", "rule", "side", "rank", "state", "of AdamW")]
     cells += [
         (
             row.name + (f" × {row.count}" if row.count > 1 else ""),
