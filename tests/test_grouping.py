@@ -1,4 +1,4 @@
-"""Groups that do not depend on values, lr_scale, and groups beside others: bare, GaLore's, added, of older checkpoints."""
+"""Groups that do not depend on values, lr_scale, and groups beside others: bare, added, of older checkpoints."""
 
 import pytest
 import torch
@@ -51,7 +51,8 @@ def test_lr_scale_is_a_factor_of_every_step_and_survives_one_lr_for_all(lr):
     def trained(**rates):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(8, 9), nn.LayerNorm(9), nn.Linear(9, 12))
-        optimizer = LDAdamW(build_param_groups(model, rank=RANK, **rates))
+        optimizer = LDAdamW(build_param_groups(model, rank=RANK, **rates), eps=1e-2)  # signs of zeros decide nothing
+        data = torch.randn(2, 8)
         if "lr_scale_other" in rates:
             for group in optimizer.param_groups:
                 group["lr"] = lr * 1  # as nanoGPT's loop does
@@ -60,7 +61,7 @@ def test_lr_scale_is_a_factor_of_every_step_and_survives_one_lr_for_all(lr):
         scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
         for _ in range(3):
             model.zero_grad()
-            model(torch.ones(2, 8)).square().sum().backward()
+            model(data).square().sum().backward()
             optimizer.step()
             scheduler.step()
         return torch.cat([p.detach().flatten() for p in model.parameters()])
