@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
@@ -49,7 +50,7 @@ _ALIASES = {
 
 _VOCABULARY = {"lm_head", "head", "wte", "wpe", "classifier", "embed_out", "output_projection"}
 _WHOLE_MODEL = 8
-"""So many matrices in one list are a model, embeddings and head with it."""
+"""So many matrices in one list are a model."""
 
 
 def refuse_foreign(keys: Sequence[str]) -> None:
@@ -146,16 +147,19 @@ def check_params(named: Sequence[tuple[str, Tensor]], group: Mapping[str, Any], 
 def warn_whole_model(named: Sequence[tuple[str, Tensor]], group: Mapping[str, Any]) -> None:
     """Warn if a group that says nothing of a projection seems to hold a model's embeddings or head, which suffer by it.
 
-    Bare parameters do not tell what they are: so many matrices are a model, and a very long one is a vocabulary.
+    Bare parameters do not tell what they are: a shape that is rare among many, or a very long one, is a vocabulary's.
     """
     shapes = {name: global_shape(param) for name, param in named if param.requires_grad}
     matrices = {name: low_rank_matrices(shape, group) for name, shape in shapes.items()}
     projected = {name: found for name, found in matrices.items() if found}
     suspects = [name for name in projected if set(name.lower().split(".")) & _VOCABULARY or "embed" in name.lower()]
     suspects += [name for name, (_, m, n) in projected.items() if max(m, n) >= max(1024, 16 * min(m, n))]
-    if not suspects and len(projected) < _WHOLE_MODEL:
+    if len(projected) >= _WHOLE_MODEL:  # layers repeat their shapes, an embedding and a head do not
+        counts = Counter(shapes[name] for name in projected)
+        suspects += [name for name in projected if counts[shapes[name]] <= 2]
+    if not suspects:
         return
-    example = suspects[0] if suspects else max(projected, key=lambda name: math.prod(projected[name]))
+    example = suspects[0]
     warnings.warn(
         f"LDAdamW projects all {len(projected)} matrices of a group that says nothing of a projection, such as "
         f"{example} of shape {shapes[example]}: embeddings and heads among them train clearly worse so. "
