@@ -13,7 +13,7 @@ from torch.optim.adamw import adamw
 
 from ldadam_dist.entries import MISSING, ZERO, Entry
 from ldadam_dist.rounding import chunks, is_narrower, random_bits, rounded
-from ldadam_dist.rules import compute_dtype
+from ldadam_dist.rules import compute_dtype, learning_rate
 
 _KINDS = ("weight", "exp_avg", "exp_avg_sq")
 
@@ -69,7 +69,7 @@ def _adamw(
         amsgrad=False,
         beta1=group["betas"][0],
         beta2=group["betas"][1],
-        lr=float(group["lr"]) if usable is None else group["lr"],
+        lr=float(learning_rate(group)) if usable is None else learning_rate(group),
         weight_decay=group["weight_decay"],
         eps=group["eps"],
         maximize=False,

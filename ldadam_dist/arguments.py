@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import math
+import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
@@ -22,7 +24,7 @@ ERROR_DTYPES = (*STATE_DTYPES, *QUANTIZED)
 COMMUNICATIONS = ("auto", "lowrank", "gather")
 
 GROUP_KEYS = (
-    "params param_names lr betas eps weight_decay rank rho proj_type proj_method error_feedback "
+    "params param_names lr lr_scale betas eps weight_decay rank rho proj_type proj_method error_feedback "
     "projector_init error_dtype state_dtype stochastic_rounding flatten communication enable_lowrank capturable "
     "metrics_every"
 ).split()
@@ -44,6 +46,11 @@ _ALIASES = {
     "lowrank": "enable_lowrank",
     "low_rank": "enable_lowrank",
 }
+
+
+_VOCABULARY = {"lm_head", "head", "wte", "wpe", "classifier", "embed_out", "output_projection"}
+_WHOLE_MODEL = 8
+"""So many matrices in one list are a model."""
 
 
 def refuse_foreign(keys: Sequence[str]) -> None:
@@ -82,13 +89,14 @@ def check_group(group: Mapping[str, Any]) -> None:
         near = [_ALIASES[key]] if key in _ALIASES else difflib.get_close_matches(key, GROUP_KEYS, n=1, cutoff=0.8)
         if near and near[0] not in ("params", "param_names") and not key.startswith(f"{near[0]}_"):
             raise ValueError(f"unknown key {key!r} in a parameter group; did you mean {near[0]!r}?")
-    for key in ("lr", "eps", "weight_decay"):
+    _check_number("lr", group["lr"], 0.0, math.inf, tensor=True)
+    for key in ("lr_scale", "eps", "weight_decay"):
         _check_number(key, group[key], 0.0, math.inf)
     betas = group["betas"]
     if not isinstance(betas, Sequence) or len(betas) != 2:
         raise ValueError(f"betas={betas!r}: expected two numbers in [0, 1), such as (0.908, 0.99).")
     for i, beta in enumerate(betas):
-        _check_number(f"betas[{i}]", beta, 0.0, 1.0)
+        _check_number(f"betas[{i}]", beta, 0.0, 1.0, tensor=True)
     _check_number("rho", group["rho"], 0.0, 1.0)
     every = group["metrics_every"]
     if isinstance(every, bool) or not isinstance(every, Integral) or every < 0:
@@ -134,6 +142,31 @@ def check_params(named: Sequence[tuple[str, Tensor]], group: Mapping[str, Any], 
                 f"{matrices[1]} × {matrices[2]} keeps fewer than {min(matrices[1:])} directions. "
                 f"Lower rank, or set enable_lowrank=False for its group."
             )
+
+
+def warn_whole_model(named: Sequence[tuple[str, Tensor]], group: Mapping[str, Any]) -> None:
+    """Warn if a group that says nothing of a projection seems to hold a model's embeddings or head, which suffer by it.
+
+    Bare parameters do not tell what they are: a shape that is rare among many, or a very long one, is a vocabulary's.
+    """
+    shapes = {name: global_shape(param) for name, param in named if param.requires_grad}
+    matrices = {name: low_rank_matrices(shape, group) for name, shape in shapes.items()}
+    projected = {name: found for name, found in matrices.items() if found}
+    suspects = [name for name in projected if set(name.lower().split(".")) & _VOCABULARY or "embed" in name.lower()]
+    suspects += [name for name, (_, m, n) in projected.items() if max(m, n) >= max(1024, 16 * min(m, n))]
+    if len(projected) >= _WHOLE_MODEL:  # layers repeat their shapes, an embedding and a head do not
+        counts = Counter(shapes[name] for name in projected)
+        suspects += [name for name in projected if counts[shapes[name]] <= 2]
+    if not suspects:
+        return
+    example = suspects[0]
+    warnings.warn(
+        f"LDAdamW projects all {len(projected)} matrices of a group that says nothing of a projection, such as "
+        f"{example} of shape {shapes[example]}: embeddings and heads among them train clearly worse so. "
+        f"Give LDAdamW(build_param_groups(model)), which has AdamW step them, or say what you want: rank= or "
+        f"enable_lowrank= in the group.",
+        stacklevel=2,
+    )
 
 
 def check_grad(name: str, param: Tensor) -> None:
@@ -188,6 +221,11 @@ def check_projects(named: Sequence[tuple[str, Tensor, Mapping[str, Any]]]) -> No
     shapes = [global_shape(param) for _, param, _ in named]
     if any(low_rank_matrices(shape, group) for shape, (*_, group) in zip(shapes, named, strict=True)):
         return
+    if not named:
+        raise ValueError(
+            "LDAdamW has nothing to train: none of its parameters requires a gradient, expected one that does. Call "
+            "requires_grad_(True) on what is to be trained before the optimizer is built; others may be thawed later."
+        )
     matrices = [(matrices_of(s, g["flatten"]), name, s, g) for s, (name, _, g) in zip(shapes, named, strict=True)]
     candidates = [(min(m[1:]), name, shape, group) for m, name, shape, group in matrices if m]
     if candidates:
@@ -292,11 +330,28 @@ def is_fsdp1_flat(param: Tensor) -> bool:
     return hasattr(param, "_fsdp_flattened")
 
 
-def _check_number(name: str, value: Any, low: float, high: float) -> None:
-    number = math.nan if isinstance(value, bool) or not isinstance(value, (Real, Tensor)) else float(value)
-    if not low <= number < high:
+def _check_number(name: str, value: Any, low: float, high: float, tensor: bool = False) -> None:
+    """Raise ValueError for what is no number in [low, high); with `tensor` it may be a tensor of one element."""
+    known = isinstance(value, Real) and not isinstance(value, bool)
+    if tensor and isinstance(value, Tensor):
+        known = value.numel() == 1 and not (value.is_meta or value.is_complex() or value.dtype == torch.bool)
+    if not known or not low <= float(value) < high:
         expected = "a number ≥ 0" if high == math.inf else f"a number in [{low:g}, {high:g})"
+        if isinstance(value, Tensor):
+            found = f"a tensor of shape {tuple(value.shape)}" if value.is_meta or value.numel() != 1 else repr(value)
+            expected += ", or a tensor of one element" if tensor else ", not a tensor"
+            raise ValueError(f"{name} is {found}: expected {expected}.")
         raise ValueError(f"{name}={value!r}: expected {expected}.")
+
+
+def plain_numbers(group: dict[str, Any]) -> None:
+    """Make what is a number of another library, such as numpy's, one of Python's, as checkpoints and kernels need."""
+    for key in ("lr", "lr_scale", "eps", "weight_decay", "rho"):
+        if not isinstance(group[key], (int, float, Tensor)):
+            group[key] = float(group[key])
+    if not all(isinstance(beta, (int, float, Tensor)) for beta in group["betas"]):
+        group["betas"] = tuple(float(beta) for beta in group["betas"])
+    group["rank"], group["metrics_every"] = int(group["rank"]), int(group["metrics_every"])
 
 
 def _check_choice(name: str, value: Any, choices: Sequence[str]) -> None:

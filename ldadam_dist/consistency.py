@@ -15,7 +15,7 @@ from ldadam_dist.runtime import agree, gather_objects, ranks_of
 
 _SETTINGS = (
     "rank proj_type proj_method projector_init error_feedback error_dtype state_dtype stochastic_rounding "
-    "enable_lowrank flatten communication metrics_every lr betas eps weight_decay rho"
+    "enable_lowrank flatten communication metrics_every lr lr_scale betas eps weight_decay rho"
 ).split()
 
 

@@ -20,7 +20,7 @@ from ldadam_dist.layout import MatrixLayout
 from ldadam_dist.measures import summed
 from ldadam_dist.plan import Unit, make_plan
 from ldadam_dist.requests import Exchange
-from ldadam_dist.rules import compute_dtype
+from ldadam_dist.rules import compute_dtype, learning_rate
 from ldadam_dist.runtime import Job, during, listed, run
 from ldadam_dist.state import matrices_here
 from ldadam_dist.step import Block, Hyper, ldadam_step, step_on_owner
@@ -200,7 +200,7 @@ def _hyper(entry: Entry, on_device: bool) -> Hyper:
     small = min(entry.matrices[1:]) <= EXACT_INIT_SIZE
     exact = init == "svd" or (init == "auto" and (method == "svd" or (small and method != "svd_lowrank")))
     return Hyper(
-        lr=group["lr"] if on_device else float(group["lr"]),
+        lr=learning_rate(group) if on_device else float(learning_rate(group)),
         betas=(float(group["betas"][0]), float(group["betas"][1])),
         eps=group["eps"],
         weight_decay=group["weight_decay"],

@@ -14,6 +14,7 @@ from ldadam_dist.adamw import step_vectors
 from ldadam_dist.consistency import check_ranks_agree
 from ldadam_dist.entries import UNUSABLE, Entry, first_matrix, names_of
 from ldadam_dist.gradients import inspect_gradients, warn_skipped
+from ldadam_dist.grouping import as_given, inherited, name_alike, regrouped
 from ldadam_dist.in_grad import refuse_replicas
 from ldadam_dist.inspection import Inspectable
 from ldadam_dist.lowrank import step_matrices
@@ -45,8 +46,10 @@ class LDAdamW(Inspectable):
     Args:
         params: parameters, (name, parameter) pairs or group dicts, such as `build_param_groups` returns. Group keys are
             the hyperparameters below, `enable_lowrank` (default True; False gives the group to AdamW; a matrix
-            in a group that sets it to True must be larger than its rank) and `flatten` (default False; True sees a
-            parameter of three dimensions or more as one matrix (shape[0], rest), as of a convolution).
+            in a group that sets it to True must be larger than its rank), `flatten` (default False; True sees a
+            parameter of three dimensions or more as one matrix (shape[0], rest), as of a convolution) and `lr_scale`
+            (default 1.0; a step takes lr · lr_scale). Beside groups with a `rank`, those that say nothing of a
+            projection get AdamW.
         lr: learning rate.
         betas: decay rates of the two moments.
         eps: added to the root of the second moment.
@@ -89,6 +92,9 @@ class LDAdamW(Inspectable):
             are not supported, or nothing to project.
     """
 
+    _built = False
+    """Whether groups that are added come after those of the constructor."""
+
     def __init__(
         self,
         params: Any,
@@ -127,6 +133,7 @@ class LDAdamW(Inspectable):
         self._forget()
         defaults = dict(
             lr=lr,
+            lr_scale=1.0,
             betas=betas,
             eps=eps,
             weight_decay=weight_decay,
@@ -145,7 +152,8 @@ class LDAdamW(Inspectable):
             capturable=capturable,
             metrics_every=metrics_every,
         )
-        super().__init__(params, defaults, error_in_grad)
+        super().__init__(as_given(params), defaults, error_in_grad)
+        self._built = True
         arguments.check_projects([(e.name, e.param, e.group) for e in self._entries()])
         start_anew()
 
@@ -166,6 +174,7 @@ class LDAdamW(Inspectable):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a pickled or copied optimizer; `load_state_dict` ends here too."""
         super().__setstate__(state)
+        self._built = True
         self.__dict__.setdefault("_window", WINDOW_ELEMENTS)
         if not hasattr(self, "_adapters"):
             self.replicas, self._check_every, self._steps = Replicas(), 0, 0
@@ -178,18 +187,30 @@ class LDAdamW(Inspectable):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as `torch.optim.Optimizer.add_param_group`.
 
+        Once the optimizer is built, settings that the group does not have are those of the other projected groups, if
+        these agree; lr, weight_decay, enable_lowrank and flatten are the optimizer's defaults. Names may be missing
+        where other groups have them, or the other way round: they are made up.
+
         Raises:
             ValueError: as at construction; the optimizer is then unchanged.
         """
         required = param_group.get("enable_lowrank") is True
-        super().add_param_group(dict(param_group))  # the caller's stays as it is
+        unsaid = not param_group.keys() & {"rank", "enable_lowrank"}
+        shared = inherited(self.param_groups, self.defaults) if self._built else {}
+        added = shared | param_group  # the caller's stays as it is
+        newly_named = name_alike(added, self.param_groups)
+        try:
+            super().add_param_group(added)
+        except Exception:
+            _forget_names(newly_named)
+            raise
         try:
             self._agreed.clear()
             group = self.param_groups[-1]
             for key in ("error_dtype", "state_dtype"):
                 group[key] = dtype_name(group[key])
             arguments.check_group(group)
-            group["rank"] = int(group["rank"])
+            arguments.plain_numbers(group)
             named = list(zip(names_of(group, len(self.param_groups) - 1), group["params"], strict=True))
             arguments.check_params(named, group, required)
             for name, param in named:
@@ -197,9 +218,12 @@ class LDAdamW(Inspectable):
                 entry = self._entry(name, param, group)
                 entry.adapter.check(param, name)
                 self._check_fits(entry)
+            if unsaid:
+                arguments.warn_whole_model(named, group)
             self._note(group)
         except Exception:
             self.param_groups.pop()
+            _forget_names(newly_named)
             raise
 
     @torch.no_grad()
@@ -288,8 +312,9 @@ class LDAdamW(Inspectable):
         """Load a state, as `torch.optim.Optimizer.load_state_dict`, and store it as this optimizer's groups say.
 
         Args:
-            state_dict: from `state_dict()` of an optimizer with the same groups; their error_dtype, state_dtype and
-                stochastic_rounding may be others, and stay as they are here.
+            state_dict: from `state_dict()` of an optimizer with the same groups, or with parameters of the same names
+                in fewer; their error_dtype, state_dtype and stochastic_rounding may be others, and stay as they are
+                here.
         Raises:
             ValueError: groups or shapes that do not fit, or another rank's shards; nothing has been loaded then.
         """
@@ -302,7 +327,7 @@ class LDAdamW(Inspectable):
             self.register_load_state_dict_post_hook(loading.restore, prepend=True),
         )
         try:
-            super().load_state_dict(state_dict)
+            super().load_state_dict(regrouped(state_dict, self.param_groups))
         finally:
             for hook in hooks:
                 hook.remove()
@@ -342,3 +367,8 @@ class LDAdamW(Inspectable):
     def _own_errors(self) -> list[Entry]:
         """The parameters of which each replica has an error of its own."""
         return [e for e in self._entries() if e.matrices and e.adapter.sync is not None and "error" in e.state]
+
+
+def _forget_names(groups: list[dict[str, Any]]) -> None:
+    for group in groups:
+        group.pop("param_names", None)

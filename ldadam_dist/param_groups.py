@@ -27,6 +27,7 @@ from ldadam_dist.rules import (
     projected_side,
     stored_error_dtype,
     stored_state_dtype,
+    unprojected,
 )
 from ldadam_dist.selection import Patterns, decide, nothing_projected
 from ldadam_dist.tables import format_bytes, format_percent, table
@@ -38,6 +39,7 @@ def build_param_groups(
     rank: int | None = None,
     lr: float | None = None,
     lr_other: float | None = None,
+    lr_scale_other: float | None = None,
     weight_decay: float | None = None,
     include: Patterns = None,
     exclude: Patterns = None,
@@ -61,7 +63,10 @@ def build_param_groups(
     Args:
         model: the model. Build the groups after `fully_shard`, which replaces parameters.
         rank: directions kept of each projected matrix; None leaves it to the optimizer (16 by default).
-        lr, lr_other: learning rate of the projected matrices, and of everything else; None leaves it to the optimizer.
+        lr, lr_other: learning rate of the projected matrices, and of everything else, which has `lr` too if it is not
+            given; None for both leaves them to the optimizer.
+        lr_scale_other: in the place of `lr_other`, a multiple of `lr`, which the groups keep as `lr_scale`. So the
+            ratio stays where a loop writes one lr into every group.
         weight_decay: of matrices, embeddings and everything else with two dimensions or more; None leaves it to the
             optimizer. Biases, norms and other vectors have none, as in Hugging Face's Trainer.
         include: project only what this matches. A list holds names, parts of names or regular expressions for whole
@@ -77,10 +82,15 @@ def build_param_groups(
         named: `params` holds (name, parameter) pairs, so that errors and state dicts can name parameters. False gives
             bare parameters, for libraries that read groups before the optimizer does.
     Returns:
-        Groups with `params`, `enable_lowrank` and, where they are known, `rank`, `lr`, `weight_decay` and `proj_type`:
-        one group of matrices for each rank, with `flatten` one of convolutions, then the rest with and without weight
-        decay; no group is empty.
+        Groups with `params`, `enable_lowrank` and, where they are known, `rank`, `lr`, `lr_scale`, `weight_decay` and
+        `proj_type`: one group of matrices, one for each rank of `rank_pattern`, with `flatten` one of convolutions,
+        then the rest with and without weight decay; no group is empty. Which groups there are follows from the model
+        and the patterns alone, so that a run may resume with another learning rate or weight decay.
     """
+    if lr_other is not None and lr_scale_other is not None:
+        raise ValueError(
+            f"lr_other={lr_other!r} and lr_scale_other={lr_scale_other!r} both say what the rest learns with: give one."
+        )
     if proj_type is not None and proj_type not in PROJ_TYPES:
         raise ValueError(f"proj_type={proj_type!r} is unknown. Choose one of {', '.join(map(repr, PROJ_TYPES))}.")
     decisions = decide(
@@ -93,24 +103,27 @@ def build_param_groups(
     trainable = [d for d in decisions if not d.frozen]
     order = sorted(
         trainable,
-        key=lambda d: (not d.low_rank, d.low_rank and d.named_rank and d.rank != rank, d.flatten, not d.info.decay),
+        key=lambda d: (not d.low_rank, d.low_rank and d.named_rank, d.flatten, not d.info.decay),
     )
     for decision in order:
         info = decision.info
+        own_rank = decision.rank if decision.low_rank and decision.named_rank else None
         said = {
-            "rank": decision.rank if decision.low_rank and decision.named_rank else rank,
+            "rank": rank if own_rank is None else own_rank,
             "flatten": decision.flatten or None,
             "weight_decay": weight_decay if info.decay else 0.0,
         }
         group = groups.setdefault(
-            (decision.low_rank, *said.values()),
+            (decision.low_rank, own_rank, decision.flatten, info.decay),  # no setting's value: see Returns
             {"params": [], "enable_lowrank": decision.low_rank} | {k: v for k, v in said.items() if v is not None},
         )
         group["params"].append((info.name, info.param) if named else info.param)
     for group in groups.values():
-        group_lr = lr if group["enable_lowrank"] else lr_other
+        group_lr = lr if group["enable_lowrank"] or lr_other is None else lr_other
         if group_lr is not None:
             group["lr"] = group_lr
+        if lr_scale_other is not None and not group["enable_lowrank"]:
+            group["lr_scale"] = lr_scale_other
         if proj_type is not None and group["enable_lowrank"]:
             group["proj_type"] = proj_type
     return list(groups.values())
@@ -129,6 +142,7 @@ class _Row:
     state_bytes: int
     adamw_bytes: int
     count: int = 1
+    lr_scale: float = 1.0
 
 
 def describe(
@@ -171,7 +185,7 @@ def describe(
     }
     frozen = None
     if isinstance(target, nn.Module):
-        for unused in ("lr", "lr_other", "weight_decay", "named"):
+        for unused in ("lr", "lr_other", "lr_scale_other", "weight_decay", "named"):
             options.pop(unused, None)
         decisions = decide(target, **options)
         rows = [
@@ -196,13 +210,17 @@ def _group_rows(target: torch.optim.Optimizer | Iterable[Any], settings: dict[st
     for group in groups:
         if not isinstance(group, Mapping):
             raise TypeError(f"expected a model, an optimizer or a list of group dicts, found {type(group).__name__}.")
+    by_others = unprojected(groups)
+    for group, left in zip(groups, by_others, strict=True):
         said = {**defaults, **group}
         flatten = bool(said.get("flatten", False))
         known = {key: said.get(key) if value is None else value for key, value in settings.items()}
         known["flatten"] = flatten
         names = group.get("param_names")
-        # Groups that say nothing of a projection are not LDAdamW's, and nothing of them is projected.
-        rank, enabled = int(said.get("rank", DEFAULT_RANK)), bool(said.get("enable_lowrank", "rank" in said))
+        # Another optimizer's groups say nothing of a projection; a list of groups is what LDAdamW would make of it.
+        unsaid = "rank" in said if defaults else not left
+        rank, enabled = int(said.get("rank", DEFAULT_RANK)), bool(said.get("enable_lowrank", unsaid))
+        known["lr_scale"] = said.get("lr_scale", 1.0)
         params = [group["params"]] if isinstance(group["params"], torch.Tensor) else group["params"]
         for index, item in enumerate(params):
             name, param = item if isinstance(item, tuple) else (names[index] if names else f"[{len(rows)}]", item)
@@ -231,8 +249,10 @@ def _row(
     error_dtype, state_dtype = dtype_name(settings["error_dtype"]), dtype_name(settings["state_dtype"])
     item = stored_state_dtype(param.dtype, state_dtype, low_rank=not why).itemsize
     matrices = matrices_of(shape, settings["flatten"])
+    scale = settings.get("lr_scale", 1.0)
     if why or matrices is None:
-        return _Row(name, shape, param.dtype, f"AdamW: {why}", "", None, 2 * math.prod(shape) * item, adamw_bytes)
+        bytes_ = 2 * math.prod(shape) * item
+        return _Row(name, shape, param.dtype, f"AdamW: {why}", "", None, bytes_, adamw_bytes, lr_scale=scale)
     number, *matrix = matrices
     proj_type = settings["proj_type"] or "std"
     m, n = oriented_shape(matrix, proj_type)
@@ -241,7 +261,7 @@ def _row(
         dtype = stored_error_dtype(param.dtype, error_dtype)
         state_bytes += number * matrix[0] * row_bytes(matrix[1], error_dtype, dtype)
     side = "rows" if projected_side(matrix, proj_type) == "left" else "columns"
-    return _Row(name, shape, param.dtype, "LDAdamW", side, rank, state_bytes, adamw_bytes)
+    return _Row(name, shape, param.dtype, "LDAdamW", side, rank, state_bytes, adamw_bytes, lr_scale=scale)
 
 
 def _fold(rows: list[_Row]) -> list[_Row]:
@@ -249,7 +269,7 @@ def _fold(rows: list[_Row]) -> list[_Row]:
     alike: dict[tuple[Any, ...], list[_Row]] = {}
     for row in rows:
         pattern = re.sub(r"(?<![^.])\d+(?![^.])", "*", row.name)
-        alike.setdefault((pattern, row.shape, row.dtype, row.rule, row.side, row.rank), []).append(row)
+        alike.setdefault((pattern, row.shape, row.dtype, row.rule, row.side, row.rank, row.lr_scale), []).append(row)
     return [
         same[0]
         if len(same) == 1
@@ -259,13 +279,14 @@ def _fold(rows: list[_Row]) -> list[_Row]:
             state_bytes=sum(row.state_bytes for row in same),
             adamw_bytes=sum(row.adamw_bytes for row in same),
             count=len(same),
+            lr_scale=same[0].lr_scale,
         )
         for key, same in alike.items()
     ]
 
 
 def _render(rows: list[_Row], frozen: list[int] | None) -> str:
-    cells = [("parameter", "shape", "rule", "side", "rank", "state", "of AdamW")]
+    cells: list[tuple[str, ...]] = [("parameter", "shape", "rule", "side", "rank", "state", "of AdamW")]
     cells += [
         (
             row.name + (f" × {row.count}" if row.count > 1 else ""),
@@ -278,7 +299,11 @@ def _render(rows: list[_Row], frozen: list[int] | None) -> str:
         )
         for row in rows
     ]
-    lines = table(cells, "<><<>>>")
+    alignment = "<><<>>>"
+    if any(row.lr_scale != 1 for row in rows):
+        scales = ("lr", *(f"× {row.lr_scale:g}" for row in rows))
+        cells, alignment = [(*line, scale) for line, scale in zip(cells, scales, strict=True)], alignment + ">"
+    lines = table(cells, alignment)
     lines.append(lines[1])
 
     elements = sum(math.prod(row.shape) * row.count for row in rows)

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 PROJ_TYPES: tuple[str, ...] = ("std", "reverse_std", "left", "right")
 """Accepted values of `proj_type`; see `projected_side`."""
@@ -144,6 +145,21 @@ def state_shapes(shape: Sequence[int], group: Mapping[str, Any]) -> dict[str, tu
         "exp_avg_sq": (*number, rank, n),
         "error": (*number, *matrices[1:]),
     }
+
+
+def learning_rate(group: Mapping[str, Any]) -> float | Tensor:
+    """What a step of a group takes: lr · lr_scale; a tensor, on its device, where `lr` is one."""
+    rate: float | Tensor = group["lr"] * group["lr_scale"]
+    return rate
+
+
+def unprojected(groups: Sequence[Mapping[str, Any]]) -> list[bool]:
+    """For each group as the user wrote it, whether AdamW steps it because others alone ask for a projection.
+
+    As in GaLore's groups, [{"params": rest}, {"params": matrices, "rank": 128}].
+    """
+    ranked = any("rank" in group for group in groups)
+    return [ranked and not group.keys() & {"rank", "enable_lowrank", "flatten", "proj_type"} for group in groups]
 
 
 def compute_dtype(param_dtype: torch.dtype) -> torch.dtype:

@@ -29,6 +29,12 @@ def weight(*shape: int) -> nn.Parameter:
         ({"lr": -1.0}, r"lr=-1\.0: expected a number ≥ 0"),
         ({"lr": float("nan")}, r"lr=nan"),
         ({"lr": "fast"}, r"lr='fast'"),
+        ({"lr": None}, r"lr=None: expected a number"),
+        ({"lr": torch.ones(2)}, r"lr is a tensor of shape \(2,\): expected a number ≥ 0, or a tensor of one element"),
+        ({"eps": torch.tensor(1e-8)}, r"eps is tensor.*: expected a number ≥ 0, not a tensor"),
+        ({"rho": torch.tensor(0.9)}, r"rho is tensor"),
+        ({"rank": torch.tensor(4)}, r"rank=tensor\(4\): expected a positive integer"),
+        ({"weight_decay": "0.1"}, r"weight_decay='0\.1'"),
         ({"betas": (0.9, 1.0)}, r"betas\[1\]=1\.0: expected a number in \[0, 1\)"),
         ({"betas": (-0.1, 0.9)}, r"betas\[0\]=-0\.1"),
         ({"betas": (0.9,)}, r"expected two numbers"),
@@ -93,6 +99,7 @@ def test_matrix_not_larger_than_its_rank_gets_adamw() -> None:
 @pytest.mark.parametrize(
     ("params", "message"),
     [
+        ([weight().requires_grad_(False)], r"nothing to train: none of its parameters requires a gradient"),
         ([weight(7)], r"would project nothing: none of its 1 parameters is a matrix"),
         ([("head", weight(8, 64))], r"largest matrix is head of shape \(8, 64\), in a group with rank=16"),
         ([{"params": [weight(64, 64)], "enable_lowrank": False}], r"enable_lowrank=False"),
@@ -134,6 +141,12 @@ def test_aliases_and_own_keys() -> None:
         LDAdamW([{"params": [weight()], "rank": 4, "projection_type": "right"}])
     optimizer = LDAdamW([{"params": [weight()], "rank": 4, "weight_decay_mult": 2.0, "initial_lr": 1.0}])
     assert optimizer.param_groups[0]["weight_decay_mult"] == 2.0
+
+
+def test_lr_scale_out_of_range() -> None:
+    for scale in (-1.0, None, torch.ones(1)):
+        with pytest.raises(ValueError, match="lr_scale"):
+            LDAdamW([{"params": [weight()], "rank": 4, "lr_scale": scale}])
 
 
 def test_numpy_numbers() -> None:

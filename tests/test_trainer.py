@@ -323,3 +323,22 @@ def test_metrics_reach_tensorboard(metrics_every: int, tmp_path: Path, monkeypat
         assert len(events.Scalars(matrix)) == STEPS - 1  # none after the first step
     else:
         assert names == {"train/ldadamw/skipped_steps"}
+
+
+def test_each_trial_trains_with_the_arguments_of_then(tmp_path: Path) -> None:
+    """What hyperparameter_search does: it changes the Trainer's arguments after they were given."""
+    from transformers import Trainer
+
+    from ldadam_dist.integrations.transformers import optimizer_cls_and_kwargs
+
+    args = arguments(str(tmp_path))
+    trainer = Trainer(
+        model=models.tiny_llama(torch.float32),
+        args=args,
+        optimizer_cls_and_kwargs=optimizer_cls_and_kwargs(args, rank=4, eps=1e-3),
+    )
+    for lr, decay in ((1e-4, 0.0), (3e-2, 0.1)):
+        trainer.args.learning_rate, trainer.args.weight_decay, trainer.args.adam_epsilon = lr, decay, 1.0
+        trainer.optimizer = None
+        group = trainer.create_optimizer().param_groups[0]
+        assert (group["lr"], group["weight_decay"], group["rank"], group["eps"]) == (lr, decay, 4, 1e-3)

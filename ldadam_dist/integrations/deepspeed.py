@@ -34,7 +34,9 @@ from ldadam_dist.optimizer import LDAdamW
 from ldadam_dist.param_groups import build_param_groups
 from ldadam_dist.universal import FlatForm
 
-_GROUP_OPTIONS = "rank lr lr_other weight_decay include exclude rank_pattern convolutions proj_type".split()
+_GROUP_OPTIONS = (
+    "rank lr lr_other lr_scale_other weight_decay include exclude rank_pattern convolutions proj_type".split()
+)
 """Arguments of `build_param_groups` among the JSON's optimizer.params; the others are LDAdamW's."""
 
 _LAYOUTS = {

@@ -2,7 +2,7 @@
 
 def llama3_8b_ldadamw():
     config = llama3_8b()
-    config.optimizer = LDAdamWContainer.Config(rank=512, lr=1e-3, lr_other=3e-4, weight_decay=0.1)
+    config.optimizer = LDAdamWContainer.Config(rank=512, lr=2.5e-3, lr_other=1e-2, weight_decay=0.1)
     return config
 """
 
@@ -52,6 +52,7 @@ class LDAdamWContainer(OptimizersContainer):  # type: ignore[misc]
         rank: int = 128
         lr: float = 1e-3
         lr_other: float | None = None
+        lr_scale_other: float | None = None
         weight_decay: float = 0.0
         betas: tuple[float, float] = (0.908, 0.99)
         eps: float = 1e-8

@@ -36,7 +36,10 @@ def optimizer_cls_and_kwargs(
     `args` gives `learning_rate`, `weight_decay`, `adam_epsilon`, and `adam_beta1` and `adam_beta2` if one is not at the
     Trainer's default (LDAdamW's own are 0.908 and 0.99); `optim_target_modules` names what is projected, as `include`
     of `build_param_groups`; without it all linear layers are. `optim_args` may have any setting that is a number, a
-    word, or true or false: "rank=128,lr_other=3e-3,error_dtype=bfloat16".
+    word, or true or false: "rank=128,lr_other=1e-2,error_dtype=bfloat16".
+
+    They are read again when a Trainer makes the optimizer, from its `trainer.args` then: so what is changed there
+    counts, as by each trial of `hyperparameter_search`.
 
     Args:
         args: the arguments that the Trainer gets too.
@@ -45,9 +48,27 @@ def optimizer_cls_and_kwargs(
         ValueError: an unknown setting, one given twice, a value that cannot be read, or arguments that ask for another
             optimizer: `optim`, or an "optimizer" in DeepSpeed's JSON.
     """
-    _refuse_other_optimizers(args)
-    given = {**_read_optim_args(args.optim_args), **settings}
     _check_known(settings, "settings")
+    return LDAdamWFactory, _Chosen(args, settings)
+
+
+class _Chosen(dict[str, Any]):
+    """What the factory is called with; it knows which settings the arguments gave, that it may ask them again."""
+
+    def __init__(self, args: Any, said: Mapping[str, Any]) -> None:
+        super().__init__(_read(args, said))
+        self.said, self.first = dict(said), dict(self)
+
+    def anew(self, args: Any) -> dict[str, Any]:
+        """As the arguments are now; what the user has changed here since stays so."""
+        changed = {key: value for key, value in self.items() if key not in self.first or self.first[key] is not value}
+        return {**_read(args, self.said), **changed}
+
+
+def _read(args: Any, said: Mapping[str, Any]) -> dict[str, Any]:
+    """All settings: those of the arguments, and above them those of the call."""
+    _refuse_other_optimizers(args)
+    given = {**_read_optim_args(args.optim_args), **said}
     if args.optim_target_modules is not None:
         if "include" in given:
             raise ValueError("include and optim_target_modules say the same: give one of them.")
@@ -56,7 +77,7 @@ def optimizer_cls_and_kwargs(
     betas = (args.adam_beta1, args.adam_beta2)
     if betas != tuple(transformers.TrainingArguments.__dataclass_fields__[f"adam_beta{i}"].default for i in (1, 2)):
         found["betas"] = betas
-    return LDAdamWFactory, {**found, **given, "deepspeed": args.deepspeed_plugin is not None}
+    return {**found, **given, "deepspeed": args.deepspeed_plugin is not None}
 
 
 class LDAdamWFactory:
@@ -68,8 +89,13 @@ class LDAdamWFactory:
         Args:
             model: as the Trainer has it then: sharded already or not, accelerate changes that later.
             deepspeed: whether DeepSpeed's engine will step the optimizer; it is then attached by itself.
-            settings: of `build_param_groups` and `LDAdamW`.
+            settings: of `build_param_groups` and `LDAdamW`; those that the training arguments gave are read again.
         """
+        trainer = _on_stack(transformers.Trainer)
+        chosen = trainer.optimizer_cls_and_kwargs[1] if trainer and trainer.optimizer_cls_and_kwargs else None
+        if isinstance(chosen, _Chosen):
+            settings = chosen.anew(trainer.args)
+            deepspeed = settings.pop("deepspeed")
         groups = build_param_groups(model, **{key: settings[key] for key in _GROUP_SETTINGS if key in settings})
         defaults = {key: value for key, value in settings.items() if key not in _GROUP_SETTINGS or key in _SHARED}
         optimizer = LDAdamW(groups, **defaults)
@@ -102,7 +128,7 @@ class LDAdamWCallback(transformers.TrainerCallback):  # type: ignore[misc]
             ValueError: the Trainer has another optimizer.
         """
         self._optimizer = unwrap(optimizer)
-        handler = _handler_on_stack()
+        handler = _on_stack(CallbackHandler)
         if handler is None:
             warnings.warn(
                 f"transformers {transformers.__version__} calls callbacks in an unknown way: metrics may be "
@@ -218,12 +244,12 @@ def _check_known(settings: Mapping[str, Any], where: str) -> None:
             raise ValueError(f"unknown {name!r} in {where}{hint}")
 
 
-def _handler_on_stack() -> Any:
-    """What calls the Trainer's callbacks: callbacks themselves are not given it."""
+def _on_stack(kind: type) -> Any:
+    """What calls: the Trainer, or the handler of its callbacks; those that are called are not given it."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         candidate = frame.f_locals.get("self")
-        if isinstance(candidate, CallbackHandler):
+        if isinstance(candidate, kind):
             return candidate
         frame = frame.f_back
     return None
