@@ -86,7 +86,10 @@ def _can_be_fused(*lists: Sequence[Tensor]) -> bool:
 
 
 def _is_copied(entry: Entry) -> bool:
-    """Whether something is stored otherwise than it is to be computed with; torch would compute as it is stored."""
+    """Whether something is stored otherwise than it is to be computed with; torch would compute as it is stored, and
+    takes no gradient of another dtype than the parameter's."""
+    if entry.grad.dtype != entry.param.dtype:
+        return True
     if entry.group["state_dtype"] is None and not entry.group["stochastic_rounding"]:
         return False
     return {tensor.dtype for tensor in _stored(entry).values()} != {compute_dtype(entry.param.dtype)}

@@ -15,64 +15,156 @@ Factor: TypeAlias = float | Tensor
 """A number; on the device, (b, 1, 1) or (), if it changes with the step in what a graph has captured."""
 
 _NULL = 32.0
-"""A direction is numerically null below this many units of rounding of the largest one. Exactly dependent columns leave
-0.1 to 20 units, 70 at worst; more would discard weak directions that float32 still resolves."""
+"""A direction is null below this many units of rounding of the largest one, where nothing else says how large rounding
+is. Exactly dependent columns leave 0.1 to 20 units, 70 at worst; more would discard weak directions that float32 still
+resolves."""
+
+_ROUNDING = 8.0
+"""The same in units of `rounding_floor`: exactly dependent columns leave 0.01 to 2 of them."""
+
+_MARK = 4.0
+"""Added to the columns of a basis that are null. No element of another column exceeds 1, so that whoever has any row of
+the basis knows which columns are null."""
 
 
-def orthonormalize(matrix: Tensor) -> Tensor:
-    """Orthonormal basis of the columns, in their order (Gram-Schmidt).
+def orthonormalize(matrix: Tensor, floor: Tensor | None = None) -> Tensor:
+    """Orthonormal basis of the columns, in their order (Gram-Schmidt), with fixed directions for null columns.
 
-    Columns that depend on earlier ones carry rounding noise only, which differs from mesh to mesh; they are replaced
-    by fixed directions, so the result is orthonormal and reproducible whatever the rank.
+    Columns that depend on earlier ones carry rounding noise only, which differs from mesh to mesh. They are null: fixed
+    directions stand in their places, orthogonal to all others, so the result is reproducible whatever the rank.
 
     Args:
         matrix: (b, m, r) with m ≥ r, finite.
+        floor: (b, r), what a column must keep beside the earlier ones, from `rounding_floor`; by default it is judged
+            against the largest column.
     Returns:
-        (b, m, r), QᵀQ = I; unique up to the sign of each column.
+        (b, m, r), marked; `unmarked` takes it apart into null columns and an orthonormal basis, unique up to signs.
     """
     # LAPACK's QR is as quick as any product on a CPU; a GPU takes long for it, and would wait for the host to look.
     on_host = matrix.device.type == "cpu" or matrix.dtype == torch.float64
-    return householder_basis(matrix) if on_host else cholesky_basis(matrix)
+    return householder_basis(matrix, floor) if on_host else cholesky_basis(matrix, floor)
 
 
-def householder_basis(matrix: Tensor) -> Tensor:
+def unmarked(basis: Tensor) -> tuple[Tensor, Tensor]:
+    """A marked basis with zeros for null columns, so that these neither project nor move, and as it is stored.
+
+    Args:
+        basis: (b, any rows, r), as `orthonormalize` and `leading_directions` give it, or some of its rows.
+    Returns:
+        (b, rows, r) with zeros, and (b, rows, r) with fixed directions, where the next step looks for new ones.
+    """
+    null = basis > _MARK / 2
+    return torch.where(null, 0.0, basis), torch.where(null, basis - _MARK, basis)
+
+
+def rounding_floor(totals: Tensor, kept: int, dtype: torch.dtype) -> Tensor:
+    """What rounding may leave of a null column of Y = B UtBᵀ, with UtB = UᵀB.
+
+    A product of a row with a column is rounded by a unit of their norms. So a row of UtB of norm w carries noise of
+    u‖B‖, and its column of Y noise of u‖B‖w from the second product, and of u‖B‖²/√n from the first.
+
+    Args:
+        totals: (b, r + 1), the squares of w of each row of UtB and, last, of ‖B‖, or of a bound of it.
+        kept: n, the length of the rows.
+        dtype: of the products.
+    Returns:
+        (b, r), float64; infinite for a row of UtB that is noise itself.
+    """
+    norms = totals.double().sqrt()
+    rows, whole = norms[:, :-1], norms[:, -1:]
+    unit = _ROUNDING * torch.finfo(dtype).eps
+    floor = unit * whole * (rows + whole / kept**0.5)
+    return torch.where(rows <= unit * whole, torch.inf, floor)
+
+
+def householder_basis(matrix: Tensor, floor: Tensor | None = None) -> Tensor:
     """`orthonormalize` by Householder QR, and once more if a column is null."""
     largest = _largest(matrix)
     matrix = matrix / torch.where(largest > 0, largest, 1.0)  # it is quadratic in the gradient: its norm may overflow
+    noise = _noise(matrix, floor, largest)
+    hopeless = torch.isinf(noise)
+    if bool(hopeless.any()):
+        matrix = torch.where(hopeless[:, None], 0.0, matrix)
     basis: Tensor
     basis, triangle = torch.linalg.qr(matrix)
-    null = triangle.diagonal(dim1=-2, dim2=-1).abs() <= _NULL * torch.finfo(matrix.dtype).eps
-    if bool(null.any()):
-        m, r = matrix.shape[-2:]
-        fixed = _fixed_directions(m, r, matrix.dtype, matrix.device)
-        basis = torch.linalg.qr(torch.where(null[:, None, :], fixed, matrix)).Q
-    return basis
+    null = _unresolved(triangle, triangle.diagonal(dim1=-2, dim2=-1).abs() <= noise, noise)
+    return _filled(matrix, null) if bool(null.any()) else basis
 
 
-def cholesky_basis(matrix: Tensor) -> Tensor:
-    """`orthonormalize` of float32 by Cholesky QR, twice, in float64: the host never waits for a result.
+def _noise(matrix: Tensor, floor: Tensor | None, largest: Tensor) -> Tensor:
+    """(b, r): what is null of the columns of a matrix (b, m, r) that has been divided by `largest` (b, 1, 1)."""
+    if floor is None:
+        return matrix.new_full((len(matrix), matrix.shape[-1]), _NULL * torch.finfo(matrix.dtype).eps)
+    scale = largest.squeeze(-1).double()
+    return torch.where(scale > 0, floor / torch.where(scale > 0, scale, 1.0), torch.inf).to(matrix.dtype)
+
+
+def _unresolved(triangle: Tensor, null: Tensor, noise: Tensor) -> Tensor:
+    """The null columns and those that are noise of earlier ones: a basis vector is as noisy as its pivot is small.
+
+    With Y = Q T, noise N of Y tilts the basis by N T⁻¹, so it leaves |T_kk| ‖N T⁻¹ e_k‖ of column k.
+
+    Args:
+        triangle: (b, r, r), T; rows and columns of null columns are left out.
+        null: bool (b, r).
+        noise: (b, r), norms of the columns of N.
+    Returns:
+        bool (b, r).
+    """
+    one = torch.eye(triangle.shape[-1], dtype=triangle.dtype, device=triangle.device)
+    kept = torch.where(null[:, None] | null[..., None], one, triangle)
+    inverse = torch.linalg.solve_triangular(kept, one.expand_as(kept), upper=True)
+    tilt = (torch.where(null, 0.0, noise)[..., None] * inverse).square_().sum(-2).sqrt_()
+    return null.logical_or(tilt >= 1)
+
+
+def _filled(matrix: Tensor, null: Tensor) -> Tensor:
+    """Marked orthonormal basis of the columns that are not null, and fixed directions orthogonal to all of them.
+
+    Args:
+        matrix: (b, m, r).
+        null: bool (b, r).
+    """
+    m, r = matrix.shape[-2:]
+    columns = torch.where(null[:, None], _fixed_directions(m, r, matrix.dtype, matrix.device), matrix)
+    order = null.int().argsort(dim=-1, stable=True)[:, None].expand_as(matrix)  # so that they yield to nothing fixed
+    basis = torch.empty_like(columns)
+    basis.scatter_(-1, order, torch.linalg.qr(columns.gather(-1, order)).Q)
+    return basis + _MARK * null[:, None]
+
+
+def cholesky_basis(matrix: Tensor, floor: Tensor | None = None) -> Tensor:
+    """`orthonormalize` of float32 by Cholesky QR, in float64: the host never waits for a result.
 
     The first factor says which columns are null, of which rounding in float64 leaves nothing like float32's. The second
-    makes orthonormal what the first has left, at worst 1e-3 for columns that float32 just tells apart, and the fixed
-    directions.
+    leaves these out. The third makes orthonormal what the second has left, at worst 1e-3 for columns that float32 just
+    tells apart, and the fixed directions.
     """
     unit = torch.finfo(matrix.dtype).eps
+    m, r = matrix.shape[-2:]
     largest = _largest(matrix)
     columns = matrix.double() / torch.where(largest > 0, largest, 1.0)
+    noise = _noise(matrix, floor, largest)
+    columns = torch.where(torch.isinf(noise)[:, None], 0.0, columns)
     norms = torch.linalg.vector_norm(columns, dim=-2, keepdim=True)
     columns /= torch.where(norms > 0, norms, 1.0)
     # The shift is above float64's rounding, so that no pivot is negative, and far below the square of what is null.
-    gram = (columns.mT @ columns).add_(torch.eye(columns.shape[-1], device=matrix.device), alpha=1e-13)
+    one = torch.eye(r, dtype=columns.dtype, device=matrix.device)
+    gram = torch.add(columns.mT @ columns, one, alpha=1e-13)
+    norms = norms.squeeze(-2)
     triangle = torch.linalg.cholesky_ex(gram, upper=True).L
     pivots = triangle.diagonal(dim1=-2, dim2=-1)
-    null = (pivots * norms.squeeze(-2) <= _NULL * unit) | (pivots <= 8 * unit)
+    null = (pivots * norms <= noise) | (pivots <= 8 * unit)
+    null = _unresolved(triangle, null, torch.where(norms > 0, noise / norms, 0.0))
+    apart = (null[:, None] | null[..., None]) & (one == 0)
+    triangle = torch.linalg.cholesky_ex(torch.where(apart, 0.0, gram), upper=True).L
     basis: Tensor = torch.linalg.solve_triangular(triangle, columns, upper=True, left=False)
-    m, r = basis.shape[-2:]
-    fixed = _kept_directions(m, r, basis.dtype, basis.device)
-    basis = torch.where(null[:, None, :], fixed, basis)
-    triangle = torch.linalg.cholesky_ex(basis.mT @ basis, upper=True).L
-    basis = torch.linalg.solve_triangular(triangle, basis, upper=True, left=False)
-    return basis.to(matrix.dtype)
+    basis = torch.where(null[:, None], _kept_directions(m, r, basis.dtype, basis.device), basis)
+    order = null.int().argsort(dim=-1, stable=True)[:, None].expand_as(basis)  # fixed ones yield to all others
+    ordered = basis.gather(-1, order)
+    triangle = torch.linalg.cholesky_ex(ordered.mT @ ordered, upper=True).L
+    basis.scatter_(-1, order, torch.linalg.solve_triangular(triangle, ordered, upper=True, left=False))
+    return basis.to(matrix.dtype) + _MARK * null[:, None]
 
 
 def _largest(matrix: Tensor) -> Tensor:
@@ -99,13 +191,13 @@ def leading_directions(matrix: Tensor, rank: int) -> Tensor:
         matrix: (b, m, k), finite.
         rank: at most m; where k is smaller, fixed directions fill up.
     Returns:
-        (b, m, rank), orthonormal columns in the order of falling singular values.
+        (b, m, rank), orthonormal columns in the order of falling singular values, marked as by `orthonormalize`.
     """
     left, values, _ = torch.linalg.svd(matrix, full_matrices=False)
-    left, values = left[..., :rank], values[..., :rank]
-    noise = _NULL * torch.finfo(matrix.dtype).eps * values[..., :1]
-    scaled = left * torch.where(values > noise, values, 0.0)[..., None, :]
-    return orthonormalize(torch.nn.functional.pad(scaled, (0, rank - scaled.shape[-1])))
+    missing = (0, max(0, rank - values.shape[-1]))
+    left, values = (torch.nn.functional.pad(found[..., :rank], missing) for found in (left, values))
+    null = values <= _NULL * torch.finfo(matrix.dtype).eps * values[..., :1]
+    return _filled(left, null)
 
 
 def test_matrix(rows: Tensor, columns: int, dtype: torch.dtype) -> Tensor:

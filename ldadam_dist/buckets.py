@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ldadam_dist.algebra import Factor
 from ldadam_dist.layout import MatrixLayout
 from ldadam_dist.quantized import Quantized
 from ldadam_dist.rounding import Place, is_narrower, write
@@ -83,7 +84,8 @@ def load_block(
     dtype: torch.dtype,
     device: torch.device,
     t: Sequence[int | Tensor],
-    usable: Tensor | None = None,
+    moves: Sequence[Tensor] | None = None,
+    decays: Factor = 1.0,
     measured: bool = False,
 ) -> Block:
     """The batch in the dtype and on the device of the maths.
@@ -95,8 +97,9 @@ def load_block(
         matrices: of equal layout.
         dtype, device: of the maths.
         t: the step that each takes.
-        usable: a tensor () that says on the device whether their gradients are; if not, they count as zeros, and
-            neither errors nor weights change. None if the host knows that they are.
+        moves: for each a bool () that says on the device whether it is stepped; if not, its gradient counts as zeros,
+            and neither error nor state changes, and the weight only decays. None if the host knows that all are.
+        decays: see `Block`.
         measured: whether the block says how large the gradients are.
     """
 
@@ -111,8 +114,8 @@ def load_block(
     apart = len(matrices) > 1 and large
     errors = [matrix.error for matrix in matrices if matrix.error is not None]
     grads = [matrix.grad for matrix in matrices]
-    if usable is not None:
-        grads = [grad if grad is None else torch.where(usable, grad, grad.new_zeros(())) for grad in grads]
+    if moves is not None:
+        grads = [g if g is None else torch.where(on, g, g.new_zeros(())) for g, on in zip(grads, moves, strict=True)]
     squares = [torch.linalg.vector_norm(grad, dtype=dtype).square() for grad in grads if grad is not None and measured]
     blocks = errors or [grad for grad in grads if grad is not None]
     accumulated = Separate(converted(blocks)) if apart else stack(blocks)
@@ -129,7 +132,8 @@ def load_block(
         projector=stack(matrix.projector for matrix in matrices),
         exp_avg=stack(matrix.exp_avg for matrix in matrices),
         exp_avg_sq=stack(matrix.exp_avg_sq for matrix in matrices),
-        moves=1.0 if usable is None else usable.to(dtype),
+        moves=1.0 if moves is None else torch.stack(list(moves)).view(-1, 1, 1).to(dtype),
+        decays=decays,
         grad_squares=torch.stack(squares).to(device) if squares else None,
     )
 
@@ -139,12 +143,12 @@ def store_block(
     block: Block,
     states: tuple[Tensor, Tensor, Tensor],
     t: Sequence[int | Tensor],
-    usable: Tensor | None = None,
+    moves: Sequence[Tensor] | None = None,
 ) -> None:
     """Write a batch back: weights and errors where they were copied, and states.
 
     Args:
-        matrices, t, usable: as in `load_block`.
+        matrices, t, moves: as in `load_block`.
         block: what it made, stepped.
         states: new projectors, exp_avg and exp_avg_sq.
     """
@@ -159,12 +163,12 @@ def store_block(
         ):
             place, new = matrix.place(kind, t[i]), source[i]
             if isinstance(target, Quantized):
-                target.copy_(new, place, usable)
+                target.copy_(new, place, None if moves is None else moves[i])
                 continue
             if target is None or target.data_ptr() == new.data_ptr():
                 continue
-            if usable is not None and kind not in ("weight", "error"):  # which have not changed
-                new = torch.where(usable, new, target)
+            if moves is not None and kind not in ("weight", "error"):  # which have not changed
+                new = torch.where(moves[i], new, target)
             if place is not None and is_narrower(target.dtype, source.dtype):
                 write(target, new, place)
             else:

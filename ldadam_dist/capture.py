@@ -19,7 +19,7 @@ from ldadam_dist.adamw import step_vectors
 from ldadam_dist.entries import NONZERO, Entry
 from ldadam_dist.gradients import largest_gradient
 from ldadam_dist.in_grad import ErrorInGrad
-from ldadam_dist.lowrank import step_matrices
+from ldadam_dist.lowrank import OnDevice, step_matrices
 
 
 class Capturable(ErrorInGrad):
@@ -140,21 +140,29 @@ class Capturable(ErrorInGrad):
             if entry.matrices is None:
                 entry.local_grad = entry.grad.contiguous()
             entry.statuses = [NONZERO] * entry.number
-        usable = _usable(moving)
-        step_vectors((entry for entry in moving if entry.matrices is None), usable)
         matrices = [entry for entry in moving if entry.matrices is not None]
-        step_matrices(matrices, self._windows(matrices), usable)
+        usable, nonzero = _usable(moving)
+        step_vectors((entry for entry in moving if entry.matrices is None), usable)
+        step_matrices(matrices, self._windows(matrices), OnDevice(usable, [usable & nonzero[id(e)] for e in matrices]))
         assert self._skipped_unseen is not None
         self._skipped_unseen += usable.logical_not()
 
 
-def _usable(entries: Sequence[Entry]) -> Tensor:
-    """Whether all gradients are, as `gradients.inspect_gradients` would find; bool (), on the device."""
-    grads: dict[tuple[torch.dtype, float], list[Tensor]] = {}
+def _usable(entries: Sequence[Entry]) -> tuple[Tensor, dict[int, Tensor]]:
+    """What `gradients.inspect_gradients` would find, on the device: whether all gradients are usable, bool (); and for
+    each entry's id, whether the gradient of each of its matrices is anything but zero, bool (number,)."""
+    grads: dict[tuple[torch.dtype, float], list[tuple[Entry, Tensor]]] = {}
     for entry in entries:
         limit = largest_gradient(entry.param.dtype) if entry.matrices else math.inf
         if entry.grad.numel():
-            grads.setdefault((entry.grad.dtype, limit), []).append(entry.grad)
+            some = grads.setdefault((entry.grad.dtype, limit), [])
+            some += [(entry, grad) for grad in (entry.grad if entry.stacked else [entry.grad])]
     device = entries[0].param.device
-    found = [torch.stack(torch._foreach_norm(some, math.inf)) < limit for (_, limit), some in grads.items()]
-    return torch.cat(found).all() if found else torch.ones((), dtype=torch.bool, device=device)
+    usable = torch.ones((), dtype=torch.bool, device=device)
+    nonzero: dict[int, list[Tensor]] = {id(entry): [] for entry in entries}
+    for (_, limit), some in grads.items():
+        norms = torch.stack(torch._foreach_norm([grad for _, grad in some], math.inf))
+        usable = usable & (norms < limit).all()
+        for (entry, _), moved in zip(some, (norms > 0).unbind(), strict=True):
+            nonzero[id(entry)].append(moved)
+    return usable, {of: torch.stack(each) for of, each in nonzero.items() if each}

@@ -124,6 +124,12 @@ class ErrorInGrad(Located):
         if not self.error_in_grad or entry.matrices is None or not entry.param.requires_grad:
             return
         _check_settings(entry.name, entry.param.dtype, entry.group)
+        grad_dtype = getattr(entry.param, "grad_dtype", None)  # torch 2.10 and later
+        if grad_dtype not in (None, entry.param.dtype):
+            raise ValueError(
+                f"parameter {entry.name} of {entry.param.dtype} has grad_dtype={grad_dtype}: with error_in_grad=True "
+                f"expected one dtype, as the error is the gradient. {_WITHOUT}"
+            )
         if entry.adapter.copies > 1:
             raise ValueError(
                 f"parameter {entry.name} lies on {entry.adapter.describe()}: with error_in_grad=True expected no "

@@ -156,13 +156,14 @@ class Part:
         "rows"       m × any, the rows of the block, all columns
         "projector"  m × r, stored rows
         "moments"    r × n, stored columns
+        "own"        a row for each process over the projected dimension, all columns
 
     Attributes:
         kind: which of these.
         rows, columns: extent of the whole.
     """
 
-    kind: Literal["block", "rows", "projector", "moments"]
+    kind: Literal["block", "rows", "projector", "moments", "own"]
     rows: int
     columns: int
 
@@ -296,7 +297,9 @@ class MatrixLayout:
         """Bounds, in rows and in columns, of what the process at `place` has of a part."""
         i, j = place
         rows, columns = (0, part.rows), (0, part.columns)
-        if part.kind != "moments":
+        if part.kind == "own":
+            rows = (i, i + 1)
+        elif part.kind != "moments":
             rows = self.m_pieces.bounds[i]
         if part.kind == "projector":
             rows = _within(rows, self.over_n, j)

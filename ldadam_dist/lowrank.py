@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from typing import Any, TypeAlias
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ldadam_dist.buckets import Matrix, batches, load_block, store_block
 from ldadam_dist.costs import choose_communication
-from ldadam_dist.entries import MISSING, NONZERO, ZERO, Entry
+from ldadam_dist.entries import MISSING, NONZERO, Entry
 from ldadam_dist.fragments import CutMatrix, complete_rows, hand_back
 from ldadam_dist.layout import MatrixLayout
 from ldadam_dist.measures import summed
@@ -57,26 +57,37 @@ def plan_windows(entries: Sequence[Entry], window: int, turn: int = 0) -> list[l
     return make_plan(matrices, window, turn)
 
 
-def step_matrices(
-    entries: Sequence[Entry], plan: Sequence[Sequence[Sequence[Unit]]], usable: Tensor | None = None
-) -> list[Measured]:
-    """Step every matrix that has a gradient; collective.
+@dataclass(frozen=True)
+class OnDevice:
+    """What the device alone knows of a step that the host does not see; all matrices have been stepped before.
 
-    A matrix starts with its first gradient that is not zero everywhere; until then only its weight decays.
+    Attributes:
+        usable: bool (), whether all gradients are: whether to step at all.
+        moves: for each parameter, bool (number,), which of its matrices are stepped; others rest.
+    """
+
+    usable: Tensor
+    moves: Sequence[Tensor]
+
+
+def step_matrices(
+    entries: Sequence[Entry], plan: Sequence[Sequence[Sequence[Unit]]], unseen: OnDevice | None = None
+) -> list[Measured]:
+    """Step every matrix whose gradient is not zero on all ranks; collective.
+
+    Others rest: their states stay as they are, and only their weight decays. So a matrix starts with its first gradient
+    that is not zero everywhere.
 
     Args:
         entries: all parameters that are projected, as in `plan_windows`.
         plan: from `plan_windows`.
-        usable: a tensor () that says on the device whether to step; then the host reads nothing, and all have started.
+        unseen: then the host reads nothing.
     Returns:
         what was measured (the group's `metrics_every`).
     """
     measured: list[Measured] = []
-    steps = [_next_steps(entry) for entry in entries] if usable is None else _next_steps_there(entries)
-    moves = [
-        [s == NONZERO or (s == ZERO and t > 1) for s, t in zip(entry.statuses, ts, strict=True)]
-        for entry, ts in zip(entries, steps, strict=True)
-    ]
+    steps = [_next_steps(entry) for entry in entries] if unseen is None else _next_steps_there(entries)
+    moves = [[status == NONZERO for status in entry.statuses] for entry in entries]
 
     def moving(window: Sequence[Unit]) -> list[_Moving]:
         here: dict[int, tuple[list[Matrix], Hyper]] = {}
@@ -87,7 +98,7 @@ def step_matrices(
             if number >= stop or entry.statuses[number] == MISSING:
                 continue
             if unit.entry not in here:
-                here[unit.entry] = matrices_here(entry, unit.layout), _hyper(entry, usable is not None)
+                here[unit.entry] = matrices_here(entry, unit.layout), _hyper(entry, unseen is not None)
             matrices, hyper = here[unit.entry]
             every = entry.group["metrics_every"]
             if moves[unit.entry][number]:
@@ -98,16 +109,17 @@ def step_matrices(
                 how = (type(matrix), unit.layout, unit.communication, hyper, t if isinstance(t, int) else None)
                 where = (compute_dtype(entry.param.dtype), entry.adapter.device)
                 found.append(((*how, *where), unit, matrix, t))
-            else:  # there is no direction yet to project on
+            else:
                 matrices[unit.slot].weight.mul_(1 - hyper.lr * hyper.weight_decay)
         return found
 
     for windows in plan:
         together = [moving(window) for window in windows]
         with during(partial(_stepped, entries, list(chain(*together)))):
-            run(_jobs(moving, usable, measured) for moving in together)
-    if usable is not None:
-        torch._foreach_add_([entry.state["step"] for entry in entries], [usable.float()] * len(entries))
+            run(_jobs(moving, unseen, measured) for moving in together)
+    if unseen is not None:
+        counts = [entry.state["step"] for entry in entries]
+        torch._foreach_add_(counts, [m.view_as(c).float() for m, c in zip(unseen.moves, counts, strict=True)])
         return measured
     for entry, moved in zip(entries, moves, strict=True):
         if entry.present:
@@ -133,16 +145,18 @@ def _stepped(entries: Sequence[Entry], moving: Sequence[_Moving]) -> str:
     return f"stepped {listed(dict.fromkeys(entries[unit.entry].name for _, unit, *_ in moving))}"
 
 
-def _jobs(moving: Sequence[_Moving], usable: Tensor | None, measured: list[Measured]) -> Iterator[Job]:
+def _jobs(moving: Sequence[_Moving], unseen: OnDevice | None, measured: list[Measured]) -> Iterator[Job]:
     for batch in batches([(key, matrix.layout, _most_together(key)) for key, _, matrix, _ in moving]):
         (_, layout, communication, hyper, t, dtype, device), *_ = moving[batch[0]]
         _, units, matrices, steps = zip(*(moving[i] for i in batch), strict=True)
         at = torch.stack(steps).view(-1, 1, 1) if t is None else t
         function: Callable[..., Exchange] = step_on_owner if communication == "gather" else ldadam_step
         step = partial(function, layout=layout, hyper=hyper, t=at)
+        moves = None if unseen is None else [unseen.moves[unit.entry][unit.slot] for unit in units]
+        decays = 1.0 if unseen is None else unseen.usable.to(dtype)
         storage = (
-            partial(load_block, matrices, dtype, device, steps, usable, hyper.measured),
-            partial(store_block, matrices, t=steps, usable=usable),
+            partial(load_block, matrices, dtype, device, steps, moves, decays, hyper.measured),
+            partial(store_block, matrices, t=steps, moves=moves),
         )
         tell = partial(_tell, measured, units, layout) if hyper.measured else None
         owners = tuple(unit.owner for unit in units)

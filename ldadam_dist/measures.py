@@ -42,7 +42,8 @@ def measure(sums: Tensor, projector: Tensor, rotation: Tensor | None, layout: Ma
     """
     sums = yield from summed(sums, layout)
     gram = yield Sum(layout.over_m, projector.mT @ projector)
-    apart = (gram - torch.eye(layout.rank, dtype=gram.dtype, device=gram.device)).abs().amax((-2, -1))
+    ones = gram.diagonal(dim1=-2, dim2=-1) > 0.5  # null directions have none
+    apart = (gram - torch.diag_embed(ones.to(gram.dtype))).abs().amax((-2, -1))
     overlap = torch.full_like(apart, torch.nan) if rotation is None else squares(rotation) / layout.rank
     return torch.cat([sums, overlap[:, None], apart[:, None]], dim=-1)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -249,6 +250,14 @@ class LDAdamW(Inspectable):
             with torch.enable_grad():
                 loss = closure()
 
+        with ExitStack() as stack:  # a step's dtypes are its own, whatever the caller's autocast says
+            for kind in {param.device.type for group in self.param_groups for param in group["params"]}:
+                if torch.amp.is_autocast_available(kind):
+                    stack.enter_context(torch.autocast(kind, enabled=False))
+            self._step_all()
+        return loss
+
+    def _step_all(self) -> None:
         self.attach_found()
         entries = list(self._entries())
         for entry in entries:
@@ -257,7 +266,6 @@ class LDAdamW(Inspectable):
             arguments.check_unchanged(entry.name, entry.matrices is not None, entry.group, entry.state)
         with self._errors_taken(entries):
             self._take_step(entries)
-        return loss
 
     def _step(self, entries: list[Entry]) -> None:
         """Step what was found usable; collective."""

@@ -60,18 +60,20 @@ class OnOwner:
 
     Attributes:
         tensor: (b, m_local, k), this process's summand of its rows.
-        function: (c, m, k) -> (c, m, columns), for any batch size c.
+        function: (c, m, k), (c, s) -> (c, m, columns), for any batch size c.
         columns: number of columns of the result.
+        totals: (b, s), this process's summand of numbers that are added up over all processes of the matrix.
 
     Answer: (b, m_local, columns), this process's rows of the results.
     """
 
     tensor: Tensor
-    function: Callable[[Tensor], Tensor]
+    function: Callable[[Tensor, Tensor], Tensor]
     columns: int
+    totals: Tensor
 
     def alone(self) -> Tensor:
-        return self.function(self.tensor)
+        return self.function(self.tensor, self.totals)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,9 @@ Legend (b matrices; a block is m_local × n_local of an oriented m×n matrix):
     W  weight                         V  exp_avg_sq, r×n                    D  Adam's direction in the subspace, ÷ s
     t  step, from 1                   b1, b2  bias corrections              k  β1 / (1 − β1)
 
+A direction of U' that rounding alone would decide is null: its column is zero, and so are its rows of g, R, M and D. It
+is stored as a fixed direction, in which the next step looks for new ones.
+
 U, M and V come and go as the slices stored here (`layout.stored_rows`, `layout.stored_columns`).
 """
 
@@ -34,7 +37,9 @@ from ldadam_dist.algebra import (
     leading_directions,
     orthonormalize,
     rotate_second_moment,
+    rounding_floor,
     test_matrix,
+    unmarked,
 )
 from ldadam_dist.layout import MatrixLayout, Part
 from ldadam_dist.measures import MEASURES, measure, spread, squares, summed
@@ -58,9 +63,9 @@ class Hyper:
     exact_init: bool
     measured: bool = False
 
-    def kept(self, moves: Factor) -> Factor:
-        """1 − lr·wd, the part of the weights that decay leaves; `moves` as in `Block`."""
-        return 1 - moves * self.lr * self.weight_decay if self.weight_decay else 1.0
+    def kept(self, decays: Factor) -> Factor:
+        """1 − lr·wd, the part of the weights that decay leaves; `decays` as in `Block`."""
+        return 1 - decays * self.lr * self.weight_decay if self.weight_decay else 1.0
 
 
 @dataclass
@@ -76,7 +81,8 @@ class Block:
         exp_avg, exp_avg_sq: (b, r, stored columns).
         measures: (b, 6), what a measured step tells of the matrices (`measures.MEASURES`); None before.
         grad_squares: (b,), of this process's gradients; None if that is not asked for, or they are in errors already.
-        moves: 1; or a tensor () with 1 or 0 that says on the device whether error and weight change in this step.
+        moves: 1; or (b, 1, 1) of 1 or 0 that says on the device whether error and weight change in this step.
+        decays: 1; or a tensor () with 1 or 0 that says so of the weight's decay.
     """
 
     accumulated: Tensor | Separate
@@ -85,6 +91,7 @@ class Block:
     exp_avg: Tensor
     exp_avg_sq: Tensor
     moves: Factor = 1.0
+    decays: Factor = 1.0
     measures: Tensor | None = None
     grad_squares: Tensor | None = None
 
@@ -109,7 +116,7 @@ def ldadam_step(block: Block, layout: MatrixLayout, hyper: Hyper, t: int | Tenso
 
     if isinstance(t, int) and t == 1:
         assert isinstance(A, Tensor)
-        U_new = yield from first_projector(A, layout, hyper)
+        U_new, kept = unmarked((yield from first_projector(A, layout, hyper)))
         own = yield ScatterSum(layout.over_m, U_new.mT @ A)
         told = told and [*told, squares(own) / layout.sync.count]
         g = yield from mean(own, layout)
@@ -119,7 +126,7 @@ def ldadam_step(block: Block, layout: MatrixLayout, hyper: Hyper, t: int | Tenso
         b1, b2 = bias_corrections(hyper.betas, t - 1, A.dtype)
         U = yield Gather(layout.over_n, block.projector, -2, layout.m_local)
         M_summed, M_whole = yield from whole(M, layout)
-        U_new = yield from next_projector(A, U, M, M_whole, b1, layout, hyper)
+        U_new, kept = unmarked((yield from next_projector(A, U, M, M_whole, b1, layout, hyper)))
         own = yield ScatterSum(layout.over_m, U_new.mT @ A)
         told = told and [*told, squares(own) / layout.sync.count]
         g = yield from mean(own, layout)
@@ -147,9 +154,9 @@ def ldadam_step(block: Block, layout: MatrixLayout, hyper: Hyper, t: int | Tenso
         block.measures = yield from measure(torch.stack(told, dim=-1), U_new, R, layout)
     _, D = yield from whole(D, layout)
     D = yield Gather(layout.replicas, D, -1, layout.weight_columns)
-    block.weight.add_product_(U_new, D, keep=hyper.kept(moves), factor=-moves * hyper.lr * s)
+    block.weight.add_product_(U_new, D, keep=hyper.kept(block.decays), factor=-moves * hyper.lr * s)
 
-    return U_new[:, slice(*layout.stored_rows)], M, V
+    return kept[:, slice(*layout.stored_rows)], M, V
 
 
 def mean(own: Tensor, layout: MatrixLayout) -> Exchange:
@@ -200,7 +207,7 @@ def step_on_owner(block: Block, layout: MatrixLayout, hyper: Hyper, t: int) -> E
 def next_projector(
     A: Tensor | Separate, U: Tensor, M: Tensor, M_whole: Tensor, b1: Factor, layout: MatrixLayout, hyper: Hyper
 ) -> Exchange:
-    """The new projector from B = ρ U M/b1 + (1−ρ) A. Returns this process's rows of it, (b, m_local, r)."""
+    """The new projector from B = ρ U M/b1 + (1−ρ) A. Returns this process's rows of it, (b, m_local, r), marked."""
     rho = hyper.rho
     if hyper.proj_method == "power_iteration":
         # Orthonormal basis of Y = B Bᵀ U with B = A + c U M, c = ρ/((1−ρ) b1), as a factor 1−ρ changes no basis:
@@ -210,12 +217,28 @@ def next_projector(
         UtA = yield from mean(own, layout)
         _, UtB = yield from whole(add_scaled_(UtA, M, c), layout)
         Y = (A @ UtB.mT).baddbmm_(U, c * (M_whole @ UtB.mT))
-        return (yield OnOwner(averaged(Y, layout), orthonormalize, layout.rank))
+        basis = partial(basis_above_rounding, kept=layout.n)
+        return (yield OnOwner(averaged(Y, layout), basis, layout.rank, sizes(A, UtB, c * M_whole, layout)))
     assert isinstance(A, Tensor)
     B = torch.baddbmm(A, U, (rho / b1) * M_whole, beta=1 - rho)
     if hyper.proj_method == "svd":
         return (yield from exact_directions(B, layout))
     return (yield from randomized_directions(B, layout, oversample=2, iterations=1))
+
+
+def sizes(A: Tensor | Separate, UtB: Tensor, M: Tensor, layout: MatrixLayout) -> Tensor:
+    """(b, r + 1), this process's summand of what `rounding_floor` judges Y by: ‖row‖² of UtB, and ‖A‖² + ‖M‖²."""
+    rows = UtB.new_zeros(len(UtB), layout.rank + 1)
+    if layout.over_m.index == 0:  # all processes over m have the same columns of UtB and M
+        torch.sum(UtB.square(), dim=-1, out=rows[:, :-1])
+        rows[:, -1] = M.square().sum((-2, -1))
+    rows[:, -1] += squares(A)
+    return averaged(rows, layout)
+
+
+def basis_above_rounding(Y: Tensor, totals: Tensor, kept: int) -> Tensor:
+    """`orthonormalize` with what `sizes` summed up."""
+    return orthonormalize(Y, rounding_floor(totals, kept, Y.dtype))
 
 
 def averaged(summand: Tensor, layout: MatrixLayout) -> Tensor:
@@ -224,10 +247,15 @@ def averaged(summand: Tensor, layout: MatrixLayout) -> Tensor:
 
 
 def first_projector(A: Tensor, layout: MatrixLayout, hyper: Hyper) -> Exchange:
-    """Leading left singular vectors of the first gradient. Returns this process's rows of them, (b, m_local, r)."""
+    """Leading left singular vectors of the first gradient: this process's rows of them, (b, m_local, r), marked."""
     if hyper.exact_init:
         return (yield from exact_directions(A, layout))
     return (yield from randomized_directions(A, layout, oversample=16, iterations=2))
+
+
+def nothing(A: Tensor | Separate) -> Tensor:
+    """Totals of a request that asks for none, (b, 0)."""
+    return torch.empty(len(A), 0, dtype=A.dtype, device=A.device)
 
 
 def exact_directions(A: Tensor, layout: MatrixLayout) -> Exchange:
@@ -236,7 +264,7 @@ def exact_directions(A: Tensor, layout: MatrixLayout) -> Exchange:
     if layout.sync.count > 1:  # each at its place among zeros, so that the sum on the owner is whole, and the mean
         placed = A.new_zeros(*A.shape[:2], layout.n)
         placed[..., slice(*layout.n_range)] = averaged(A, layout)
-        return (yield OnOwner(placed, directions, layout.rank))
+        return (yield OnOwner(placed, lambda whole, _: directions(whole), layout.rank, nothing(A)))
 
     def solve(matrix: Tensor) -> tuple[Tensor]:
         return (directions(matrix),)
@@ -255,9 +283,11 @@ def randomized_directions(A: Tensor, layout: MatrixLayout, *, oversample: int, i
     columns = min(layout.rank + oversample, layout.m, layout.n)
     Q = A @ test_matrix(torch.arange(*layout.n_range, device=A.device), columns, A.dtype)
     for _ in range(iterations):
-        Q = yield OnOwner(averaged(Q, layout), orthonormalize, columns)
+        Q = yield OnOwner(averaged(Q, layout), lambda whole, _: orthonormalize(whole), columns, nothing(A))
+        Q, _ = unmarked(Q)
         QtA = yield Sum(layout.over_m, Q.mT @ A)
         if layout.sync.count > 1:
             QtA = yield Sum(layout.sync, averaged(QtA, layout))
         Q = A @ QtA.mT
-    return (yield OnOwner(averaged(Q, layout), partial(leading_directions, rank=layout.rank), layout.rank))
+    directions = partial(leading_directions, rank=layout.rank)
+    return (yield OnOwner(averaged(Q, layout), lambda whole, _: directions(whole), layout.rank, nothing(A)))

@@ -83,7 +83,7 @@ class Lockstep:
         if isinstance(request, OnOwner):
             places = [sorted(set(indices)) for indices in zip(*asked, strict=True)]
             rows = [sum(asked[i, j].tensor for j in places[1]) for i in places[0]]
-            whole = request.function(torch.cat(rows, dim=-2))
+            whole = request.function(torch.cat(rows, dim=-2), sum(q.totals for q in asked.values()))
             assert whole.shape[-1] == request.columns
             return whole[:, slice(*self.layouts[place].m_range)]
         if isinstance(request, Delegate):

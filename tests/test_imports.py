@@ -37,7 +37,7 @@ ALLOWED = {
     "runtime": {"requests", "layout"},
     "costs": {"layout"},
     "plan": {"costs", "layout"},
-    "buckets": {"layout", "quantized", "rounding", "separate", "step", "weights"},
+    "buckets": {"algebra", "layout", "quantized", "rounding", "separate", "step", "weights"},
     "fragments": {"buckets", "requests", "layout"},
     "adapters": {"layout"},
     "entries": {"adapters", "layout", "rules", "runtime"},

@@ -72,10 +72,10 @@ def count_orthonormalised() -> int:
     optimizer = LDAdamW(model.parameters(), rank=2)
     counted, original = 0, ldadam_dist.step.orthonormalize
 
-    def counting(matrices: Tensor) -> Tensor:
+    def counting(matrices: Tensor, *floor: Tensor) -> Tensor:
         nonlocal counted
         counted += len(matrices)
-        return original(matrices)
+        return original(matrices, *floor)
 
     for step in range(4):
         optimizer.zero_grad()

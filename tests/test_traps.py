@@ -25,6 +25,7 @@ from ldadam_dist.algebra import (
     orthonormalize,
     rotate_second_moment,
     test_matrix,
+    unmarked,
 )
 
 
@@ -55,7 +56,7 @@ DEGENERATE = {
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("function", [orthonormalize, lambda y: leading_directions(y, 6)], ids=["qr", "svd"])
 def test_basis_is_orthonormal_whatever_the_rank(name: str, dtype: torch.dtype, function: Any) -> None:
-    basis = function(DEGENERATE[name].to(dtype))
+    _, basis = unmarked(function(DEGENERATE[name].to(dtype)))
     identity = torch.eye(6, dtype=dtype).expand(3, 6, 6)
     torch.testing.assert_close(basis.mT @ basis, identity, rtol=0, atol=64 * torch.finfo(dtype).eps)
 
@@ -72,7 +73,7 @@ def test_float32_basis_is_orthonormal_however_it_is_found(name: str, function: A
     hard = {"wide": matrix(2, 130, 128), "huge": 1e30 * matrix(2, 40, 6)}  # nearly square; its square overflows
     condition = name.removeprefix("condition ")
     y = with_condition(float(condition), 300, 32) if condition != name else {**DEGENERATE, **hard}[name]
-    basis = function(y.float())
+    _, basis = unmarked(function(y.float()))
     identity = torch.eye(y.shape[-1]).expand(len(y), -1, -1)
     torch.testing.assert_close(basis.mT @ basis, identity, rtol=0, atol=1e-6)
 
@@ -81,9 +82,13 @@ def test_float32_basis_is_orthonormal_however_it_is_found(name: str, function: A
 def test_both_ways_find_the_same_basis(name: str) -> None:
     """Up to signs, and up to what rounding leaves of a direction; fixed directions stand in the same places."""
     y = (with_condition(1e3, 300, 32) if name == "condition 1e3" else DEGENERATE[name]).float()
-    overlap = (householder_basis(y).mT @ cholesky_basis(y)).abs()
     identity = torch.eye(y.shape[-1]).expand(len(y), -1, -1)
-    torch.testing.assert_close(overlap, identity, rtol=0, atol=2e-4)
+    both = [unmarked(find(y)) for find in (householder_basis, cholesky_basis)]
+    (one, all_one), (other, all_other) = both
+    torch.testing.assert_close((all_one.mT @ all_other).abs(), identity, rtol=0, atol=2e-4)
+    null = (one == 0).all(dim=-2)
+    assert torch.equal(null, (other == 0).all(dim=-2))
+    assert null.any() == (name not in ("condition 1e3", "tiny"))
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
@@ -348,3 +353,82 @@ def test_error_dtype(dtype: torch.dtype, error_dtype: str | None, stored: torch.
     optimizer.step()
     assert optimizer.state[param]["error"].dtype == stored
     assert optimizer.state[param]["error"].any()
+
+
+def test_a_zero_gradient_rests_its_matrix() -> None:
+    """Of a stack each matrix by itself, and a whole parameter; only weight decay goes on, and the next step as if
+    nothing had been in between."""
+    weights = [matrix(3, 12, 20), matrix(12, 20, seed=1)]
+    runs = [[nn.Parameter(w.clone()) for w in weights] for _ in range(2)]
+    resting, straight = (LDAdamW(params, rank=4, weight_decay=0.0) for params in runs)
+    for step in range(6):
+        grads = [matrix(3, 12, 20, seed=step), matrix(12, 20, seed=50 + step)]
+        for params, optimizer in zip(runs, (resting, straight), strict=True):
+            for param, grad in zip(params, grads, strict=True):
+                param.grad = grad.clone()
+            optimizer.step()
+        before = copy.deepcopy(resting.state_dict()["state"]), [p.detach().clone() for p in runs[0]]
+        for param in runs[0]:
+            param.grad.zero_()
+        runs[0][0].grad[1] = 1.0 if step == 5 else 0.0
+        resting.step()
+        if step < 5:
+            torch.testing.assert_close(resting.state_dict()["state"], before[0], rtol=0, atol=0)
+            assert all(map(torch.equal, runs[0], before[1]))
+            assert all(map(torch.equal, *runs))
+    stack, old = resting.state[runs[0][0]], before[0][0]
+    assert stack["step"].tolist() == [6, 7, 6]
+    for name in ("projector", "exp_avg", "exp_avg_sq", "error"):
+        assert [torch.equal(a, b) for a, b in zip(stack[name], old[name], strict=True)] == [True, False, True]
+    assert torch.equal(runs[0][1], runs[1][1])
+
+
+def test_null_directions_neither_project_nor_move() -> None:
+    """A repeated input: a gradient of rank 1 moves the weight in one direction, and nothing is divided by eps."""
+    param, optimizer = one_matrix()
+    before = param.detach().clone()
+    for step in range(20):
+        param.grad = matrix(12, 1) @ matrix(1, 20, seed=1) * (1 + step)
+        optimizer.step()
+        state = optimizer.state[param]
+        moving = state["exp_avg"].norm(dim=-1) > 0
+        assert moving.sum() == 1
+        assert not state["exp_avg_sq"][~moving].any()
+        values = torch.linalg.svdvals(param - before)
+        assert values[1] < 1e-12 * values[0]
+
+
+def test_autocast_changes_nothing() -> None:
+    found = []
+    for enabled in (False, True):
+        params = [nn.Parameter(matrix(12, 20, dtype=torch.float32)), nn.Parameter(torch.ones(7))]
+        optimizer = LDAdamW(params, rank=4)
+        for step in range(3):
+            params[0].grad, params[1].grad = matrix(12, 20, seed=step, dtype=torch.float32), torch.ones(7)
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+                optimizer.step()
+        found.append(params)
+    assert all(map(torch.equal, *found))
+
+
+@pytest.mark.skipif(not hasattr(torch.zeros(1), "grad_dtype"), reason="this torch has no Parameter.grad_dtype")
+@pytest.mark.parametrize(("dtype", "grad_dtype"), [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
+def test_gradients_of_another_dtype(dtype: torch.dtype, grad_dtype: torch.dtype) -> None:
+    """Matrices and vectors are stepped as with the same numbers in the parameter's dtype; error_in_grad refuses."""
+    found = []
+    for used in (grad_dtype, dtype):
+        params = [nn.Parameter(matrix(12, 20).to(dtype)), nn.Parameter(torch.zeros(12, dtype=dtype))]
+        optimizer = LDAdamW(params, rank=3, lr=1e-1)
+        for step in range(3):
+            for param in params:
+                param.grad_dtype = used
+                param.grad = matrix(*param.shape, seed=step).to(torch.bfloat16).to(used)
+            optimizer.step()
+        found.append(params)
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0 if dtype == torch.float32 else 2e-2)
+
+    params[0].grad = None
+    params[0].grad_dtype = grad_dtype
+    with pytest.raises(ValueError, match="has grad_dtype="):
+        LDAdamW(params, rank=3, error_in_grad=True)

@@ -45,20 +45,20 @@ def answer_on_owners(
     for owner, matrices in owned.items():
         columns.setdefault(owner % over_n.count, {})[owner // over_n.count] = matrices
 
-    def every(tensors: Sequence[Tensor], column: Owned) -> Tensor:
-        return flat((tensors[i][chosen] for matrices in column.values() for i, chosen in matrices), like)
+    def every(tensors: Sequence[Sequence[Tensor]], column: Owned) -> Tensor:
+        return flat((t[chosen] for matrices in column.values() for i, chosen in matrices for t in tensors[i]), like)
 
-    def fill(tensors: Sequence[Tensor], column: Owned, vector: Tensor) -> None:
-        into = [(tensors[i], chosen) for matrices in column.values() for i, chosen in matrices]
+    def fill(tensors: Sequence[Sequence[Tensor]], column: Owned, vector: Tensor) -> None:
+        into = [(t, chosen) for matrices in column.values() for i, chosen in matrices for t in tensors[i]]
         pieces = unflat(vector, ((len(chosen), *tensor.shape[1:]) for tensor, chosen in into))
         for (tensor, chosen), piece in zip(into, pieces, strict=True):
             tensor[chosen] = piece
 
-    sums = [q.tensor for q in requests]
+    sums = [(q.tensor, q.totals[:, None]) for q in requests]
     if over_n.count > 1:
         vectors = {j: every(sums, column) for j, column in columns.items()}
         yield from reduce_to(vectors, over_n)
-        sums = [torch.zeros_like(tensor) for tensor in sums]
+        sums = [(torch.zeros_like(rows), torch.zeros_like(totals)) for rows, totals in sums]
         if over_n.index in columns:
             fill(sums, columns[over_n.index], vectors[over_n.index])
 
@@ -66,21 +66,25 @@ def answer_on_owners(
     if over_n.index in columns:
         delegates = [
             Delegate(
-                tensors=(total,),
-                parts=(Part("rows", layout.m, total.shape[-1]),),
-                function=_in_tuple(q.function),
+                tensors=tensors,
+                parts=(
+                    Part("rows", layout.m, q.tensor.shape[-1]),
+                    Part("own", over_m.count, q.totals.shape[-1]),
+                ),
+                function=_with_totals(q.function),
                 returns=(Part("rows", layout.m, q.columns),),
             )
-            for q, layout, total in zip(requests, layouts, sums, strict=True)
+            for q, layout, tensors in zip(requests, layouts, sums, strict=True)
         ]
         answers = yield from _at_owners(delegates, layouts, columns[over_n.index], over_m, WHOLE)
         results = [answer for (answer,) in answers]
 
     if over_n.count > 1:
-        vectors = {j: every(results, column) for j, column in columns.items()}
+        each = [(result,) for result in results]
+        vectors = {j: every(each, column) for j, column in columns.items()}
         yield from broadcast_from(vectors, over_n)
         for j, vector in vectors.items():
-            fill(results, columns[j], vector)
+            fill(each, columns[j], vector)
     return results
 
 
@@ -218,5 +222,6 @@ def _extent(bounds: tuple[Bounds, Bounds]) -> tuple[int, int]:
     return bottom - top, right - left
 
 
-def _in_tuple(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], tuple[Tensor]]:
-    return lambda tensor: (function(tensor),)
+def _with_totals(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], tuple[Tensor]]:
+    """The same of what each process over the projected dimension has of the totals, (c, processes, s)."""
+    return lambda tensor, each: (function(tensor, each.sum(dim=-2)),)
