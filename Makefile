@@ -16,7 +16,7 @@ INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help venv install install-dev pretrain pretrain-deepspeed test test-slow test-torchtitan test-gpu bench-cpu bench-gpu lint format types docs image constraints clean
+.PHONY: help venv install install-dev pretrain pretrain-deepspeed test test-slow test-all test-image image-verified test-torchtitan test-gpu bench-cpu bench-gpu lint format types docs image constraints clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -73,7 +73,19 @@ test-torchtitan: $(TITAN_INSTALLED)  ## the tests with torchtitan (Python >= 3.1
 	$(TITAN_VENV)/bin/python -m pytest tests/test_torchtitan.py $(ARGS)
 
 test-slow: $(INSTALLED)  ## the tests marked slow
-	$(RUN) -m pytest -m slow $(ARGS)
+	$(RUN) -m pytest -m "slow and not exhaustive" $(ARGS)
+
+test-all: $(INSTALLED)  ## every test: also full products of options, long runs and the image, in about two hours
+	$(RUN) -m pytest -m "slow or not slow" $(ARGS)
+
+# tests/image.sha256 says of which files the image was last built and run; .ci/run does it again when they have changed.
+IMAGE_FILES := docker/Dockerfile docker/entrypoint.sh constraints.txt tests/docker_image.py
+test-image: $(INSTALLED)  ## docker/Dockerfile built, run and checked, if its files changed since that was last done
+	@sha256sum --check --status tests/image.sha256 && echo "the image was built and run with these files: not done again" \
+	    || $(RUN) -m pytest -m exhaustive tests/test_docker.py $(ARGS)
+
+image-verified:  ## note that `make test-image` has passed, and was not skipped, with the files as they are
+	sha256sum $(IMAGE_FILES) > tests/image.sha256
 
 # Any interpreter that has torch >= 2.7, transformers and pytest; installs nothing. The versions found there are not
 # those of constraints.txt, so their deprecation warnings are shown, not raised. tests/launch needs more to be read.

@@ -156,7 +156,7 @@ def test_compose_takes_the_files() -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_image_is_built_and_trains() -> None:
     script = Path(docker_image.__file__)
     done = subprocess.run([sys.executable, script], cwd=ROOT, capture_output=True, text=True)

@@ -86,8 +86,14 @@ def equal(model: nn.Module, other: nn.Module) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["instance", "class"])
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize(
+    ("ranks", "how"),
+    [
+        (1, "class"),
+        (2, "instance"),
+        *(pytest.param(*r, marks=pytest.mark.exhaustive) for r in ((1, "instance"), (2, "class"))),
+    ],
+)
 def test_trainer_resumes_exactly(ranks: int, how: str, tmp_path: Path) -> None:
     assert run_ranks(ranks, train_and_resume, str(tmp_path), how) == [(True, True)] * ranks
 
@@ -178,7 +184,10 @@ def save_and_load_narrow(folder: str, mode: str) -> tuple[bool, bool]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("ranks", "mode"), MODES)
+@pytest.mark.parametrize(
+    ("ranks", "mode"),
+    [pytest.param(*m, marks=[] if m[1] in ("fsdp", "deepspeed") else [pytest.mark.exhaustive]) for m in MODES],
+)
 def test_accelerate_loads_narrow_states_exactly(ranks: int, mode: str, tmp_path: Path) -> None:
     assert run_ranks(ranks, save_and_load_narrow, str(tmp_path), mode) == [(True, True)] * ranks
 

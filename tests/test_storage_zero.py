@@ -29,29 +29,42 @@ RUNS = [
 ]
 
 
-def train_and_resume() -> dict[str, tuple[Any, Any]]:
-    return {run.name: (train(run), resumed(run)) for run in RUNS}
+QUICK = ("3 int8", "2 narrow")
+"""Both stages, both widths."""
+
+RUN = pytest.mark.parametrize(
+    "run", [pytest.param(run, id=str(run), marks=[] if run.name in QUICK else [pytest.mark.exhaustive]) for run in RUNS]
+)
+
+
+def train_and_resume(quick: bool) -> dict[str, tuple[Any, Any]]:
+    return {run.name: (train(run), resumed(run)) for run in RUNS if (run.name in QUICK) == quick}
 
 
 @once
-def on_two_ranks() -> list[dict[str, Any]]:
-    return run_ranks(2, train_and_resume)
+def on_two_ranks(quick: bool) -> list[dict[str, Any]]:
+    return run_ranks(2, train_and_resume, quick)
 
 
-@pytest.mark.parametrize("run", RUNS, ids=str)
+def found_of(run: Run) -> list[tuple[Any, Any]]:
+    """What each rank saw when it trained, and when it resumed."""
+    return [found[run.name] for found in on_two_ranks(run.name in QUICK)]
+
+
+@RUN
 def test_equals_one_process(run: Run) -> None:
     """Rows are completed before a step, so no block is cut; but what float32 leaves open may round otherwise.
 
     Gradients 2e-7 off move these weights by up to 1e-5 in five steps and, once a code of the error is another, by up
     to 2e-3 in twenty. Errors that are not stored in 8 bits move them by 2e-4 at the second step.
     """
-    ranks = [found[run.name][0] for found in on_two_ranks()]
+    ranks = [trained for trained, _ in found_of(run)]
     assert_equals_one_process(run, ranks, within=lambda step: 1e-4 if step <= 5 else 1e-2)
 
 
-@pytest.mark.parametrize("run", RUNS, ids=str)
+@RUN
 def test_the_bytes_are_those_of_placement(run: Run) -> None:
-    ranks = [found[run.name][0] for found in on_two_ranks()]
+    ranks = [trained for trained, _ in found_of(run)]
     for rank in ranks:
         held = {row.name: row.state_bytes for row in rank["placement"]}
         for name, state in rank["state"].items():
@@ -61,11 +74,10 @@ def test_the_bytes_are_those_of_placement(run: Run) -> None:
         assert {row.total_bytes for row in rows} == {sum(row.state_bytes for row in rows)}
 
 
-@pytest.mark.parametrize("run", RUNS, ids=str)
+@RUN
 def test_a_checkpoint_resumes_exactly(run: Run) -> None:
     """The engine's default one: weights, and states as they are stored."""
-    for found in on_two_ranks():
-        through, again = found[run.name][1]
+    for _, (through, again) in found_of(run):
         assert through.keys() == again.keys()
         for name, tensor in through.items():
             assert torch.equal(tensor, again[name]), name
@@ -90,7 +102,7 @@ def save_again(run: Run, folder: str) -> None:
         engine.save_checkpoint(folder, tag="again", save_latest=False)
 
 
-@pytest.mark.parametrize(("first", "second", "ranks"), [(0, 1, 3), (2, 2, 4)])
+@pytest.mark.parametrize(("first", "second", "ranks"), [pytest.param(0, 1, 3, marks=pytest.mark.exhaustive), (2, 2, 4)])
 def test_a_universal_checkpoint_holds_all_of_it(first: int, second: int, ranks: int, tmp_path: Path) -> None:
     """At another stage, on another number of ranks, and converted for one process: to the bit."""
     target = Run("again", RUNS[first].model, RUNS[second].zero, params=RUNS[first].params)

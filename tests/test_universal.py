@@ -138,7 +138,10 @@ def joined(partition: FlatPartition, param: FlatParam, pieces: list[Any], key: s
     return torch.cat([piece[key][at : at + stop - start] for piece, at, (start, stop) in runs])
 
 
-@pytest.mark.parametrize("ranks", [3, *(pytest.param(ranks, marks=pytest.mark.slow) for ranks in (1, 2, 5))])
+@pytest.mark.parametrize(
+    "ranks",
+    [3, pytest.param(5, marks=pytest.mark.slow), *(pytest.param(n, marks=pytest.mark.exhaustive) for n in (1, 2))],
+)
 def test_states_come_back_to_the_bit_wherever_matrices_are_cut(ranks: int) -> None:
     run_ranks(ranks, round_trips)
 

@@ -61,7 +61,7 @@ def run(command: list[Any], environment: dict[str, str]) -> subprocess.Completed
     )
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_pretrained_weights_learn_real_texts_and_go_on(tmp_path: Path, environment: dict[str, str]) -> None:
     from benchmarks.sentiment import fetch
 
@@ -85,7 +85,9 @@ def test_pretrained_weights_learn_real_texts_and_go_on(tmp_path: Path, environme
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["ddp", "deepspeed_zero2", "deepspeed_zero3"])
+@pytest.mark.parametrize(
+    "name", ["ddp", pytest.param("deepspeed_zero2", marks=pytest.mark.exhaustive), "deepspeed_zero3"]
+)
 def test_accelerate_starts_two_ranks(name: str, tiny: list[str], tmp_path: Path, environment: dict[str, str]) -> None:
     config = REPOSITORY / "configs" / "accelerate" / f"{name}.yaml"
     options = [
