@@ -57,6 +57,8 @@ environment=(
     "OMP_NUM_THREADS=$(threads_of_process "${option[nproc-per-node]}")"
     # How long the ranks have to save when they are asked to end; torchrun's default is 30 s.
     "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-100}"
+    # torchrun's --signals-to-handle, in the form that versions before 2.9 do not stumble over
+    "PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 )
 
 if ((cpu)); then environment+=(CUDA_VISIBLE_DEVICES=); fi
@@ -95,8 +97,7 @@ check=("${torchrun[@]}" "${meet_to_check[@]}" -m ldadam_dist.preflight --output-
 logs=${option[log-dir]}
 if [[ $logs == default ]]; then logs=$(output_folder)/logs; fi
 train=(
-    "${torchrun[@]}" "${meet_to_train[@]}" "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
-    ${logs:+"--log-dir=$logs" --tee=3} "--max-restarts=${option[max-restarts]}"
+    "${torchrun[@]}" "${meet_to_train[@]}" ${logs:+"--log-dir=$logs" --tee=3} "--max-restarts=${option[max-restarts]}"
     "$repository/launch/pretrain.py" "${training[@]}"
 )
 check_and_train

@@ -119,7 +119,7 @@ def plain() -> tuple[dict[str, Tensor], dict[int, dict[str, float]]]:
     """Weights, and metrics by step, of the same training in one process without Lightning."""
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**CONFIG))
-    groups = build_param_groups(model, rank=RANK, lr=LR, lr_other=3 * LR, weight_decay=0.1)
+    groups = build_param_groups(model, rank=RANK, lr=LR, lr_other=4 * LR, weight_decay=0.1)
     optimizer = LDAdamW(groups, metrics_every=1)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
     batches = iter(2 * SENTENCES.split(BATCH))

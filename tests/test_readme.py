@@ -21,7 +21,7 @@ def test_switching_a_script_of_ones_own(capsys: pytest.CaptureFixture[str]) -> N
     exec(code, names)
     assert isinstance(names["optimizer"], LDAdamW)
     groups = names["optimizer"].param_groups
-    assert {(group["enable_lowrank"], group["lr"]) for group in groups} == {(True, 1e-3), (False, 3e-3)}
+    assert {(group["enable_lowrank"], group["lr"]) for group in groups} == {(True, 2.5e-3), (False, 1e-2)}
     assert "q_proj" in capsys.readouterr().out
 
 

@@ -19,6 +19,7 @@ from launch.runlog import read_log
 LAUNCH = REPOSITORY / "launch"
 SCRIPTS = [LAUNCH / name for name in ("torchrun.sh", "deepspeed.sh", "slurm.sbatch")]
 PRETRAIN = str(LAUNCH / "pretrain.py")
+SIGNALS = "PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"  # torchrun's --signals-to-handle
 DEFAULTS = ["PYTHONFAULTHANDLER=1", "NCCL_DEBUG=WARN", "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True"]
 """What the scripts set unless it is set."""
 
@@ -78,12 +79,12 @@ def test_torchrun_on_one_host(environment: dict[str, str]) -> None:
     options = ["--nproc-per-node=2", "--config", "a file.yaml", "--max-restarts", "3", "--output_dir", "out", "--lr=1"]
     check, train = commands("torchrun.sh", *options, environment=environment, OMP_NUM_THREADS="7")
     start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
-    variables = [*DEFAULTS, f"PYTHONPATH={REPOSITORY}", "OMP_NUM_THREADS=7", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=100"]
+    waits = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=100"
+    variables = [*DEFAULTS, f"PYTHONPATH={REPOSITORY}", "OMP_NUM_THREADS=7", waits, SIGNALS]
     assert check == ["env", *variables, *start, "-m", "ldadam_dist.preflight", "--output-dir", "out"]
     passed_on = ["--config", "a file.yaml", "--output_dir", "out", "--lr=1"]
-    signals = "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
     logs = ["--log-dir=out/logs", "--tee=3"]
-    assert train == ["env", *variables, *start, signals, *logs, "--max-restarts=3", PRETRAIN, *passed_on]
+    assert train == ["env", *variables, *start, *logs, "--max-restarts=3", PRETRAIN, *passed_on]
     changed = {"NCCL_DEBUG": "INFO", "PYTORCH_ALLOC_CONF": "backend:native", "PYTHONFAULTHANDLER": ""}
     _, train = commands("torchrun.sh", *options, "--log-dir=", "--cpu", environment=environment, **changed)
     assert not any(word.startswith((*changed, "PYTORCH_CUDA", "--log-dir", "--tee")) for word in train)
