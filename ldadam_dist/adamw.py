@@ -14,6 +14,7 @@ from torch.optim.adamw import adamw
 from ldadam_dist.entries import MISSING, ZERO, Entry
 from ldadam_dist.rounding import chunks, is_narrower, random_bits, rounded
 from ldadam_dist.rules import compute_dtype, learning_rate
+from ldadam_dist.separate import is_fake
 
 _KINDS = ("weight", "exp_avg", "exp_avg_sq")
 
@@ -100,7 +101,7 @@ def _step_in_parts(entry: Entry, usable: Tensor | None) -> None:
     stored, grad, step = _stored(entry), entry.grad, entry.state["step"]
     if grad.ndim == 0:
         stored, grad = {kind: tensor[None] for kind, tensor in stored.items()}, grad[None]
-    dtype, t = compute_dtype(entry.param.dtype), int(step) + 1 if usable is None else step + 1
+    dtype, t = compute_dtype(entry.param.dtype), int(step) + 1 if usable is None and not is_fake(step) else step + 1
     for start, stop in chunks(len(grad), math.prod(grad.shape[1:])):
         parts = {kind: tensor[start:stop] for kind, tensor in stored.items()}
         copies = {kind: part.to(dtype) for kind, part in parts.items()}

@@ -9,7 +9,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from ldadam_dist.separate import Separate
+from ldadam_dist.separate import Separate, is_fake
 
 Factor: TypeAlias = float | Tensor
 """A number; on the device, (b, 1, 1) or (), if it changes with the step in what a graph has captured."""
@@ -41,7 +41,7 @@ def orthonormalize(matrix: Tensor, floor: Tensor | None = None) -> Tensor:
         (b, m, r), marked; `unmarked` takes it apart into null columns and an orthonormal basis, unique up to signs.
     """
     # LAPACK's QR is as quick as any product on a CPU; a GPU takes long for it, and would wait for the host to look.
-    on_host = matrix.device.type == "cpu" or matrix.dtype == torch.float64
+    on_host = (matrix.device.type == "cpu" or matrix.dtype == torch.float64) and not is_fake(matrix)
     return householder_basis(matrix, floor) if on_host else cholesky_basis(matrix, floor)
 
 
@@ -159,7 +159,8 @@ def cholesky_basis(matrix: Tensor, floor: Tensor | None = None) -> Tensor:
     apart = (null[:, None] | null[..., None]) & (one == 0)
     triangle = torch.linalg.cholesky_ex(torch.where(apart, 0.0, gram), upper=True).L
     basis: Tensor = torch.linalg.solve_triangular(triangle, columns, upper=True, left=False)
-    basis = torch.where(null[:, None], _kept_directions(m, r, basis.dtype, basis.device), basis)
+    directions = (_fixed_directions if is_fake(matrix) else _kept_directions)(m, r, basis.dtype, basis.device)
+    basis = torch.where(null[:, None], directions, basis)
     order = null.int().argsort(dim=-1, stable=True)[:, None].expand_as(basis)  # fixed ones yield to all others
     ordered = basis.gather(-1, order)
     triangle = torch.linalg.cholesky_ex(ordered.mT @ ordered, upper=True).L

@@ -12,7 +12,7 @@ from ldadam_dist.algebra import Factor
 from ldadam_dist.layout import MatrixLayout
 from ldadam_dist.quantized import Quantized
 from ldadam_dist.rounding import Place, is_narrower, write
-from ldadam_dist.separate import Separate
+from ldadam_dist.separate import Separate, is_fake
 from ldadam_dist.step import Block
 from ldadam_dist.weights import Weights
 
@@ -165,7 +165,7 @@ def store_block(
             if isinstance(target, Quantized):
                 target.copy_(new, place, None if moves is None else moves[i])
                 continue
-            if target is None or target.data_ptr() == new.data_ptr():
+            if target is None or (not is_fake(target) and target.data_ptr() == new.data_ptr()):
                 continue
             if moves is not None and kind not in ("weight", "error"):  # which have not changed
                 new = torch.where(moves[i], new, target)

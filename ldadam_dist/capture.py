@@ -20,6 +20,7 @@ from ldadam_dist.entries import NONZERO, Entry
 from ldadam_dist.gradients import largest_gradient
 from ldadam_dist.in_grad import ErrorInGrad
 from ldadam_dist.lowrank import OnDevice, step_matrices
+from ldadam_dist.separate import is_fake
 
 
 class Capturable(ErrorInGrad):
@@ -95,7 +96,7 @@ class Capturable(ErrorInGrad):
 
     def _take_step(self, entries: list[Entry]) -> None:
         """Step as the host sees it, or as it does not."""
-        if not self.defaults["capturable"]:
+        if not self.defaults["capturable"] or any(is_fake(entry.param) for entry in entries):
             self._step(entries)
         elif self._unseen(entries):
             self._step_unseen(entries)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ldadam_dist.entries import MISSING, NONZERO, UNUSABLE, ZERO, Entry, groups_of
 from ldadam_dist.runtime import agree, collective, ranks_of
+from ldadam_dist.separate import is_fake
 
 
 def largest_gradient(dtype: torch.dtype) -> float:
@@ -23,12 +24,17 @@ def inspect_gradients(entries: Sequence[Entry]) -> bool:
     """Read all gradients and set each entry's statuses. Returns whether any rank has an unusable one.
 
     Unusable is what is not finite and, in a matrix that is projected, what overflows when it is squared. A gradient
-    that only some ranks have is zero on the others.
+    that only some ranks have is zero on the others. Of fake tensors nothing is read or asked: gradients are usable.
 
     Raises:
         RuntimeError: a gradient must be redistributed, and a rank does not have it so, or an entry has a refusal;
             raised on all ranks.
     """
+    if any(is_fake(entry.adapter.local(entry.param)) for entry in entries):
+        for entry in entries:
+            entry.local_grad = entry.adapter.grad(entry.param)
+            entry.statuses = [MISSING if entry.local_grad is None else NONZERO] * entry.number
+        return False
     # A gradient that is laid out otherwise than its parameter is redistributed by all ranks together. Whether there is
     # one, and whether all have it, is told along with the statuses; usually there is none, and that is all.
     moved = [entry.adapter.must_redistribute(entry.param) for entry in entries]

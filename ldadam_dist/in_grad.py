@@ -20,6 +20,7 @@ from ldadam_dist.error_buffers import Buffer, Buffers
 from ldadam_dist.located import Located
 from ldadam_dist.replicas import Replicas
 from ldadam_dist.rules import QUANTIZED, global_shape, low_rank_matrices, stored_error_dtype
+from ldadam_dist.separate import is_fake
 
 _WHAT_TO_DO = (
     "With error_in_grad=True nothing but backward may write into a gradient: clip with ldadam_dist.clip_grad_norm_, "
@@ -176,7 +177,7 @@ class ErrorInGrad(Located):
         for entry, buffer in matrices:
             if self._apart:
                 entry.param.grad = None
-            elif buffer is not None or bool(entry.state["step"].any()):
+            elif buffer is not None or is_fake(entry.state["step"]) or bool(entry.state["step"].any()):
                 self._buffers.link(entry)
         self._buffers.remember()
 

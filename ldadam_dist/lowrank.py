@@ -22,6 +22,7 @@ from ldadam_dist.plan import Unit, make_plan
 from ldadam_dist.requests import Exchange
 from ldadam_dist.rules import compute_dtype, learning_rate
 from ldadam_dist.runtime import Job, during, listed, run
+from ldadam_dist.separate import is_fake
 from ldadam_dist.state import matrices_here
 from ldadam_dist.step import Block, Hyper, ldadam_step, step_on_owner
 
@@ -132,6 +133,8 @@ def _next_steps(entry: Entry) -> list[Any]:
     """The number of the step that each matrix takes."""
     if not entry.present:
         return [1] * entry.number
+    if is_fake(entry.state["step"]):
+        return [2] * entry.number  # a step like any but the first
     return [int(step) + 1 for step in entry.state["step"].reshape(-1).tolist()]
 
 

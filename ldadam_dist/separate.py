@@ -1,11 +1,19 @@
-"""Equal matrices that lie apart, for what takes a batch of them: large ones are not copied to be stacked."""
+"""Equal matrices that lie apart, for what takes a batch of them: large ones are not copied to be stacked; and tensors
+without values."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """Whether it is one of `FakeTensorMode`, as where memory is estimated: it has no values to read."""
+    fakes = sys.modules.get("torch._subclasses.fake_tensor")  # not imported: there are none before somebody does
+    return fakes is not None and isinstance(tensor, fakes.FakeTensor)
 
 
 class Separate:

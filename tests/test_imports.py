@@ -49,11 +49,11 @@ ALLOWED = {
     "zero_files": {"universal"},
     "dcp_files": {"zero_files"},
     "convert": {"parsing", "dcp_files", "zero_files", "universal", "packing", "rules"},
-    "adamw": {"entries", "rounding", "rules"},
-    "gradients": {"entries", "runtime"},
+    "adamw": {"entries", "rounding", "rules", "separate"},
+    "gradients": {"entries", "runtime", "separate"},
     "grouping": {"entries", "rules"},
-    "error_buffers": {"entries"},
-    "in_grad": {"error_buffers", "entries", "located", "replicas", "rules"},
+    "error_buffers": {"entries", "separate"},
+    "in_grad": {"error_buffers", "entries", "located", "replicas", "rules", "separate"},
     "consistency": {"entries", "adapters", "runtime"},
     "state": {"entries", "adapters", "buckets", "fragments", "layout", "quantized", "rules", "runtime"},
     "state_dicts": {"arguments", "entries", "partitions", "state"},
@@ -64,9 +64,9 @@ ALLOWED = {
     "placement": {"entries", "state", "plan", "costs", "layout", "quantized", "rules", "tables"},
     "lowrank": {
         *("entries", "state", "plan", "costs", "buckets", "fragments", "step", "requests", "runtime", "rules"),
-        *("layout", "measures"),
+        *("layout", "measures", "separate"),
     },
-    "capture": {"adamw", "entries", "gradients", "in_grad", "lowrank", "plan"},
+    "capture": {"adamw", "entries", "gradients", "in_grad", "lowrank", "plan", "separate"},
     "inspection": {"capture", "entries", "lowrank", "measures", "placement", "plan", "runtime"},
     "optimizer": {
         *(
@@ -81,7 +81,7 @@ ALLOWED = {
             "state_dicts",
             "inspection",
         ),
-        *("adamw", "lowrank", "plan", "replicas", "runtime"),
+        *("adamw", "lowrank", "plan", "replicas", "runtime", "separate"),
     },
     "__init__": {"_version", "in_grad", "optimizer", "param_groups", "traffic"},
     "cli": {

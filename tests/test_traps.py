@@ -14,6 +14,7 @@ from distributed import run_ranks
 from test_checkpoints import build
 from test_sharded import BUILD
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -432,3 +433,29 @@ def test_gradients_of_another_dtype(dtype: torch.dtype, grad_dtype: torch.dtype)
     params[0].grad_dtype = grad_dtype
     with pytest.raises(ValueError, match="has grad_dtype="):
         LDAdamW(params, rank=3, error_in_grad=True)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"error_dtype": "int4", "state_dtype": "bfloat16", "stochastic_rounding": True},
+        {"proj_method": "svd", "metrics_every": 1},
+        {"error_in_grad": True},
+        {"capturable": True},
+    ],
+    ids=str,
+)
+def test_steps_of_fake_tensors_make_states(options: dict[str, Any]) -> None:
+    """As an estimate of memory takes them: nothing is read, and later steps of real tensors are as ever."""
+    with FakeTensorMode():
+        params = [nn.Parameter(torch.randn(shape)) for shape in ((40, 60), (3, 12, 20), (7,))]
+        optimizer = LDAdamW(params, rank=4, **options)
+        for _ in range(2):
+            for param in params:
+                param.grad = torch.randn_like(param)
+            optimizer.step()
+        assert all("exp_avg" in optimizer.state[param] for param in params)
+    param, optimizer = one_matrix()
+    param.grad = matrix(12, 20)
+    optimizer.step()
+    assert param.isfinite().all()
