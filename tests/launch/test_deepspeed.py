@@ -150,13 +150,13 @@ def test_resumed_goes_on_exactly(name: str, run: Run, tiny_config: Path, tmp_pat
     ("saved", "size", "options"),
     [
         ("zero2", 2, ()),  # FSDP2
-        pytest.param("zero2", 2, under("zero3"), marks=pytest.mark.slow),
+        pytest.param("zero2", 2, under("zero3"), marks=pytest.mark.exhaustive),
         pytest.param("zero3", 2, under("zero1"), marks=pytest.mark.slow),
         pytest.param("zero3", 4, under("zero3"), marks=pytest.mark.slow),
         pytest.param("zero1", 1, under("zero1"), marks=pytest.mark.slow),
         pytest.param("zero3_offload", 1, (), marks=pytest.mark.slow),
         pytest.param(None, 2, under("zero3"), marks=pytest.mark.slow),
-        pytest.param(None, 2, under("zero2"), marks=pytest.mark.slow),
+        pytest.param(None, 2, under("zero2"), marks=pytest.mark.exhaustive),
     ],
 )
 def test_resumed_by_other_ranks_and_engines(

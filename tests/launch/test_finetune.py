@@ -152,6 +152,17 @@ def test_adamw_in_the_same_groups(tiny: list[str], tmp_path: Path, capsys: pytes
     assert {frozenset(state) for state in saved["state"].values()} == {frozenset({"step", "exp_avg", "exp_avg_sq"})}
 
 
+def test_a_second_run_goes_on(tiny: list[str], tmp_path: Path) -> None:
+    command = [*tiny, "--output_dir", str(tmp_path), "--report_to", "none", "--rank", "4", "--eval_strategy", "no"]
+    command += ["--save_strategy", "steps", "--save_steps", "2", "--save_total_limit", "5", "--logging_steps", "1"]
+    assert finetune.main([*command, "--max_steps", "2"]) == 0
+    written = (tmp_path / "checkpoint-2" / "optimizer.pt").stat().st_mtime_ns
+    assert finetune.main([*command, "--max_steps", "4"]) == 0
+    assert (tmp_path / "checkpoint-2" / "optimizer.pt").stat().st_mtime_ns == written  # not trained anew
+    state = json.loads((tmp_path / "trainer_state.json").read_text())
+    assert [entry["step"] for entry in state["log_history"] if "loss" in entry] == [1, 2, 3, 4]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
