@@ -162,3 +162,43 @@ def test_replicas_with_gradients_of_their_own_step_the_mean(
         torch.testing.assert_close(split.whole(split.errors), whole.whole(whole.errors), rtol=0, atol=1e-10)
         first = {(i, j - j % replicas): replica for (i, j), replica in split.weights.items() if j % replicas == 0}
         assert all(torch.equal(first[i, j - j % replicas], replica) for (i, j), replica in split.weights.items())
+
+
+def normal(*shape: int, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def few_rows(step: int, m: int, n: int) -> Tensor:
+    grad = torch.zeros(m, n, dtype=torch.float64)
+    grad[1:3] = normal(2, n, seed=step)
+    return grad
+
+
+DEFICIENT = {
+    "one direction": lambda t, m, n: normal(m, 1, seed=0) @ normal(1, n, seed=1) * (1 + t),
+    "one new direction": lambda t, m, n: normal(m, 1, seed=t) @ normal(1, n, seed=99 - t),
+    "one input": lambda t, m, n: normal(m, 1, seed=t) @ normal(1, n, seed=1),
+    "three tokens": lambda t, m, n: normal(m, 3, seed=0) @ normal(3, 3, seed=t) @ normal(3, n, seed=1),
+    "two rows": few_rows,
+    "all, then one direction": lambda t, m, n: (
+        normal(m, n, seed=t) if t < 6 else normal(m, 1, seed=0) @ normal(1, n, seed=1)
+    ),
+    "all, then next to nothing": lambda t, m, n: normal(m, n, seed=t) * (1 if t < 6 else 1e-25),
+}
+"""Gradients of which less than r directions are above rounding."""
+
+
+@pytest.mark.parametrize("kind", DEFICIENT)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-11), (torch.float32, 1e-5)], ids=str)
+def test_gradients_of_low_rank_are_stepped_alike_on_any_cut(kind: str, dtype: torch.dtype, tolerance: float) -> None:
+    """What is left of null directions is rounding, which differs from cut to cut: they neither project nor move."""
+    m, n, rank = 24, 40, 8
+    start = normal(1, m, n, seed=5).to(dtype)
+    one, *others = (Lockstep(start, rank, cuts) for cuts in ((1, 1), (2, 1), (1, 3), (2, 2)))
+    for t in range(STEPS):
+        grad = DEFICIENT[kind](t, m, n).to(dtype)[None]
+        one.step(grad.clone(), hyper())
+        expected = one.whole(one.weights)
+        for other in others:
+            other.step(grad.clone(), hyper())
+            torch.testing.assert_close(other.whole(other.weights), expected, rtol=0, atol=tolerance)
