@@ -140,6 +140,7 @@ def store_block(
     states: tuple[Tensor, Tensor, Tensor],
     t: Sequence[int | Tensor],
     usable: Tensor | None = None,
+    edges: Sequence[Tensor | None] = (),
 ) -> None:
     """Write a batch back: weights and errors where they were copied, and states.
 
@@ -147,6 +148,7 @@ def store_block(
         matrices, t, usable: as in `load_block`.
         block: what it made, stepped.
         states: new projectors, exp_avg and exp_avg_sq.
+        edges: of the errors, from `edges.shared_edges`.
     """
     targets, sources = [], []
     for i, matrix in enumerate(matrices):
@@ -159,7 +161,7 @@ def store_block(
         ):
             place, new = matrix.place(kind, t[i]), source[i]
             if isinstance(target, Quantized):
-                target.copy_(new, place, usable)
+                target.copy_(new, place, usable, edges[i] if edges else None)
                 continue
             if target is None or target.data_ptr() == new.data_ptr():
                 continue
