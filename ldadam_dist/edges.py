@@ -66,7 +66,8 @@ def _told(bounds: tuple[Bounds, ...], position: int, alike: int) -> tuple[Bounds
     if not any(start % BLOCK and start < stop for start, stop in bounds):
         return None
     # Rising, but for processes without elements, which tell zeros: so those of a block lie between two of them.
-    blocks = [b for start, stop in bounds for b in ((start // BLOCK, (stop - 1) // BLOCK) if start < stop else (-1, -1))]
+    ends = [(start, stop - 1) if start < stop else (-1, -1) for start, stop in bounds]
+    blocks = [column // BLOCK for both in ends for column in both]
     start, stop = bounds[position // alike]
     if start == stop:
         return (0, 0), (0, 0)
