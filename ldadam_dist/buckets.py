@@ -144,6 +144,7 @@ def store_block(
     states: tuple[Tensor, Tensor, Tensor],
     t: Sequence[int | Tensor],
     moves: Sequence[Tensor] | None = None,
+    edges: Sequence[Tensor | None] = (),
 ) -> None:
     """Write a batch back: weights and errors where they were copied, and states.
 
@@ -151,6 +152,7 @@ def store_block(
         matrices, t, moves: as in `load_block`.
         block: what it made, stepped.
         states: new projectors, exp_avg and exp_avg_sq.
+        edges: of the errors, from `edges.shared_edges`.
     """
     targets, sources = [], []
     for i, matrix in enumerate(matrices):
@@ -163,7 +165,7 @@ def store_block(
         ):
             place, new = matrix.place(kind, t[i]), source[i]
             if isinstance(target, Quantized):
-                target.copy_(new, place, None if moves is None else moves[i])
+                target.copy_(new, place, None if moves is None else moves[i], edges[i] if edges else None)
                 continue
             if target is None or (not is_fake(target) and target.data_ptr() == new.data_ptr()):
                 continue

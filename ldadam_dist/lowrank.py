@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ldadam_dist.buckets import Matrix, batches, load_block, store_block
 from ldadam_dist.costs import choose_communication
+from ldadam_dist.edges import shared_edges
 from ldadam_dist.entries import MISSING, NONZERO, Entry
 from ldadam_dist.fragments import CutMatrix, complete_rows, hand_back
 from ldadam_dist.layout import MatrixLayout
@@ -196,7 +197,8 @@ def _exchange(
     states = yield from step(block)
     if tell is not None:
         yield from tell(block)
-    store(block=block, states=states)
+    edges = yield from shared_edges([matrix.error for matrix in matrices], block.accumulated, matrices[0].layout)
+    store(block=block, states=states, edges=edges)
     if cut:
         yield from hand_back(cut, device)
 

@@ -65,8 +65,8 @@ class LDAdamW(Inspectable):
             SVD up to a smaller dimension of `EXACT_INIT_SIZE` or with proj_method="svd", randomised above and with
             "svd_lowrank".
         error_dtype: how the error is stored: "float32", "bfloat16", "float64" or a torch.dtype; "int8" or "int4", with
-            a scale for every 32 elements of a row; None for the parameter's own dtype (float32 for float16). The
-            mathematics is always in float32 at least.
+            a scale for every 32 elements of a row, the same on any mesh; None for the parameter's own dtype (float32
+            for float16). The mathematics is always in float32 at least.
         state_dtype: dtype in which projector and moments are stored, those of AdamW too: "float32", "bfloat16" or
             "float64"; None for that of the mathematics, and for AdamW the parameter's own.
         stochastic_rounding: round what is stored narrower than it is computed (weights, errors, moments) up or down

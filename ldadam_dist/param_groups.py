@@ -165,7 +165,7 @@ def describe(
         AdamW     2·m·n elements in the parameter's dtype
 
     or in `state_dtype`. An error in "int8" or "int4" takes 33 or 17 bytes for every 32 elements of a row, or a part of
-    so many at its end.
+    so many at its end; a mesh that cuts columns elsewhere than at multiples of 32 takes as much for each part.
 
     The columns of a convolution are all its dimensions but the first.
 

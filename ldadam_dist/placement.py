@@ -9,11 +9,11 @@ from itertools import chain
 
 from ldadam_dist.costs import wire_elements
 from ldadam_dist.entries import Entry
-from ldadam_dist.layout import MatrixLayout
+from ldadam_dist.layout import Bounds, MatrixLayout
 from ldadam_dist.plan import Unit
 from ldadam_dist.quantized import row_bytes
 from ldadam_dist.rules import compute_dtype, state_shapes, stored_error_dtype, stored_state_dtype
-from ldadam_dist.state import PARTS, local_error_shape
+from ldadam_dist.state import PARTS, first_column, local_error_shape
 from ldadam_dist.tables import format_bytes, table
 
 
@@ -115,9 +115,9 @@ def _matrix(entry: Entry, units: Sequence[Unit]) -> Placed:
     error = 0
     if group["error_feedback"]:
         shape = local_error_shape(entry)
-        error = math.prod(shape[:-1]) * _row_bytes(entry, shape[-1])
+        error = math.prod(shape[:-1]) * _row_bytes(entry, shape[-1], first_column(entry))
         rows = math.prod(shapes["error"][:-1]) * (layout.sync.count if entry.side == "right" else 1)
-        total += rows * sum(_row_bytes(entry, n) for n in _row_pieces(entry, layout))
+        total += rows * sum(_row_bytes(entry, stop - start, start) for start, stop in _row_pieces(entry, layout))
     start, stop = entry.held
     owners = [entry.adapter.owner_rank(unit.owner, entry.side) for unit in units[: stop - start]]
     wire = wire_elements(layout, units[0].communication, group["proj_method"], group["error_feedback"])
@@ -135,16 +135,15 @@ def _matrix(entry: Entry, units: Sequence[Unit]) -> Placed:
     )
 
 
-def _row_bytes(entry: Entry, columns: int) -> int:
-    """Bytes of a row of the error, or of a piece of one."""
+def _row_bytes(entry: Entry, columns: int, first: int) -> int:
+    """Bytes of a piece of a row of the error, which begins at column `first`."""
     setting = entry.group["error_dtype"]
-    return row_bytes(columns, setting, stored_error_dtype(entry.param.dtype, setting))
+    return row_bytes(columns, setting, stored_error_dtype(entry.param.dtype, setting), first)
 
 
-def _row_pieces(entry: Entry, layout: MatrixLayout) -> list[int]:
-    """Into what lengths the rows of a matrix are cut; blocks of 8 or 4 bits are filled up in each."""
-    pieces = layout.n_pieces if entry.side == "left" else layout.m_pieces
-    return [stop - start for start, stop in pieces.bounds]
+def _row_pieces(entry: Entry, layout: MatrixLayout) -> tuple[Bounds, ...]:
+    """Into what pieces the rows of a matrix are cut; blocks of 8 or 4 bits are filled up in each."""
+    return (layout.n_pieces if entry.side == "left" else layout.m_pieces).bounds
 
 
 def _ranks(owners: Sequence[int]) -> str:

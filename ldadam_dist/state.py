@@ -97,7 +97,7 @@ def floating_error(entry: Entry, state: Mapping[str, Any]) -> Tensor:
     if SCALE not in state:
         return entry.adapter.local(state["error"])
     shape = local_error_shape(entry)
-    codes = Quantized(state["error"].flatten(0, -2), state[SCALE].flatten(0, -2), shape[-1])
+    codes = Quantized(state["error"].flatten(0, -2), state[SCALE].flatten(0, -2), shape[-1], first=first_column(entry))
     dtype = stored_error_dtype(entry.param.dtype, codes.format.name)
     return codes.to(device=state["error"].device, dtype=dtype).view(shape)
 
@@ -137,7 +137,7 @@ def stored_error(entry: Entry, error: Tensor) -> dict[str, Tensor]:
     if entry.group["error_dtype"] not in FORMATS:
         return {"error": error.to(stored_error_dtype(entry.param.dtype, entry.group["error_dtype"]))}
     local, (codes, scales) = entry.adapter.local(error), _new_codes(entry)
-    made = Quantized(codes.flatten(0, -2), scales.flatten(0, -2), local.shape[-1])
+    made = Quantized(codes.flatten(0, -2), scales.flatten(0, -2), local.shape[-1], first=first_column(entry))
     made.load(local.reshape(-1, local.shape[-1]))
     return {"error": codes, SCALE: scales}
 
@@ -161,6 +161,12 @@ def local_error_shape(entry: Entry) -> tuple[int, ...]:
     return entry.adapter.local_shape(shape, _error_part(entry), entry.side)
 
 
+def first_column(entry: Entry) -> int:
+    """Where this process's part of the error begins in the rows of the parameter."""
+    layout = entry.layout()
+    return (layout.n_range if entry.side == "left" else layout.m_range)[0]
+
+
 def _state_dtype(entry: Entry) -> torch.dtype:
     """dtype of projector and moments."""
     return stored_state_dtype(entry.param.dtype, entry.group["state_dtype"], entry.matrices is not None)
@@ -169,7 +175,7 @@ def _state_dtype(entry: Entry) -> torch.dtype:
 def _new_codes(entry: Entry) -> tuple[Tensor, Tensor]:
     """Codes and scales of an error of zeros, of this process's part."""
     form = FORMATS[entry.group["error_dtype"]]
-    codes, scales = form.shapes(local_error_shape(entry))
+    codes, scales = form.shapes(local_error_shape(entry), first_column(entry))
     device = entry.adapter.local(entry.param).device
     return torch.zeros(codes, dtype=form.dtype, device=device), torch.zeros(scales, dtype=torch.uint8, device=device)
 
@@ -190,9 +196,9 @@ def matrices_here(entry: Entry, layout: MatrixLayout) -> list[Matrix]:
     factors = [each(local(entry.state[key])) for key in ("projector", "exp_avg", "exp_avg_sq")]
     errors: Sequence[Tensor | Quantized | None] = [None] * len(factors[0])
     if entry.group["error_feedback"] and SCALE in entry.state:
-        length = local_error_shape(entry)[-1]
+        length, first = local_error_shape(entry)[-1], first_column(entry)
         pairs = zip(each(entry.state["error"]), each(entry.state[SCALE]), strict=True)
-        errors = [Quantized(codes, scales, length, transposed=entry.side == "right") for codes, scales in pairs]
+        errors = [Quantized(codes, scales, length, entry.side == "right", first) for codes, scales in pairs]
     elif entry.group["error_feedback"]:
         errors = oriented(local(entry.state["error"]))
     if entry.adapter.cut is not None:  # a single matrix, whose rows are completed in the step

@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldadam_dist.edges import shared_edges
 from ldadam_dist.layout import Axis, MatrixLayout, Part, Place
-from ldadam_dist.requests import Delegate, Gather, OnOwner, Request, ScatterSum, Sum
+from ldadam_dist.quantized import FORMATS, Quantized
+from ldadam_dist.requests import Delegate, Exchange, Gather, OnOwner, Request, ScatterSum, Sum
 from ldadam_dist.step import Block, Hyper, ldadam_step, step_on_owner
 from ldadam_dist.weights import Weights
 
@@ -23,12 +25,23 @@ class Lockstep:
         replicas: number of processes that hold each shard of the weight, and cut it once more over n.
         gather: the matrices are stepped whole, on their owner.
         own: the replicas have gradients of their own, and do not cut n but for the states.
+        error_dtype: "int8" or "int4" for errors stored so after every step.
+        right: the matrices are the parameters' transposes, whose rows are then the columns here.
     """
 
     def __init__(
-        self, weight: Tensor, rank: int, cuts: Place, replicas: int = 1, gather: bool = False, own: bool = False
+        self,
+        weight: Tensor,
+        rank: int,
+        cuts: Place,
+        replicas: int = 1,
+        gather: bool = False,
+        own: bool = False,
+        error_dtype: str | None = None,
+        right: bool = False,
     ) -> None:
         b, m, n = weight.shape
+        self.error_dtype, self.right = error_dtype, right
         self.t = 0
         self.shape = (b, m, n)
         self.step_function = step_on_owner if gather else ldadam_step
@@ -63,7 +76,7 @@ class Lockstep:
             local = mine[:, slice(*layout.m_range), slice(*layout.n_range)]
             accumulated = self.errors[place].add_(local) if hyper.error_feedback else local
             blocks[place] = Block(accumulated, Weights(self.weights[place]), *self.states[place])
-            exchanges[place] = self.step_function(blocks[place], layout, hyper, self.t)
+            exchanges[place] = self.exchange(place, blocks[place], hyper)
         while answers:
             asked: dict[Place, Request] = {}
             for place, answer in answers.items():
@@ -77,6 +90,27 @@ class Lockstep:
         self.states = results
         if hyper.error_feedback:
             self.errors = {place: block.accumulated for place, block in blocks.items()}
+
+    def exchange(self, place: Place, block: Block, hyper: Hyper) -> Exchange:
+        """The step of a shard, and the storing of its error."""
+        layout = self.layouts[place]
+        states = yield from self.step_function(block, layout, hyper, self.t)
+        if self.error_dtype is not None:
+            found = block.accumulated
+            stored = [self.quantized(layout) for _ in found]
+            edges = yield from shared_edges(stored, found, layout)
+            for values, error, largest in zip(found, stored, edges, strict=True):
+                error.copy_(values, edges=largest)
+                values.copy_(error.to(device=values.device, dtype=values.dtype))
+        return states
+
+    def quantized(self, layout: MatrixLayout) -> Quantized:
+        form = FORMATS[self.error_dtype]
+        (m, n), first = (layout.m_local, layout.n_local), (layout.m_range if self.right else layout.n_range)[0]
+        rows, columns = (n, m) if self.right else (m, n)
+        codes, scales = form.shapes((rows, columns), first)
+        tensors = torch.zeros(codes, dtype=form.dtype), torch.zeros(scales, dtype=torch.uint8)
+        return Quantized(*tensors, columns, self.right, first)
 
     def answer(self, place: Place, asked: dict[Place, Request]) -> Any:
         request = asked[place]

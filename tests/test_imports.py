@@ -38,6 +38,7 @@ ALLOWED = {
     "costs": {"layout"},
     "plan": {"costs", "layout"},
     "buckets": {"algebra", "layout", "quantized", "rounding", "separate", "step", "weights"},
+    "edges": {"layout", "quantized", "requests", "separate"},
     "fragments": {"buckets", "requests", "layout"},
     "adapters": {"layout"},
     "entries": {"adapters", "layout", "rules", "runtime"},
@@ -64,7 +65,7 @@ ALLOWED = {
     "placement": {"entries", "state", "plan", "costs", "layout", "quantized", "rules", "tables"},
     "lowrank": {
         *("entries", "state", "plan", "costs", "buckets", "fragments", "step", "requests", "runtime", "rules"),
-        *("layout", "measures", "separate"),
+        *("layout", "measures", "separate", "edges"),
     },
     "capture": {"adamw", "entries", "gradients", "in_grad", "lowrank", "plan", "separate"},
     "inspection": {"capture", "entries", "lowrank", "measures", "placement", "plan", "runtime"},

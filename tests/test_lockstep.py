@@ -202,3 +202,44 @@ def test_gradients_of_low_rank_are_stepped_alike_on_any_cut(kind: str, dtype: to
         for other in others:
             other.step(grad.clone(), hyper())
             torch.testing.assert_close(other.whole(other.weights), expected, rtol=0, atol=tolerance)
+
+
+QUANTIZED_CUTS = [(3, 1), (1, 2), (2, 2), (1, 5), (3, 7)]  # of 70 columns 35, 14 and 10: inside a block, and narrower
+
+
+@pytest.mark.parametrize("right", [False, True], ids=["left", "right"])
+@pytest.mark.parametrize("error_dtype", ["int8", "int4"])
+@pytest.mark.parametrize("cuts", [*QUANTIZED_CUTS, (1, 40)], ids=str)  # 40: 35 pieces of 2, and 5 of none
+def test_blocks_of_an_error_do_not_depend_on_the_cut(cuts: tuple[int, int], error_dtype: str, right: bool) -> None:
+    m, n = (70, 9) if right else (9, 70)
+    cuts = cuts[::-1] if right else cuts
+    weight = torch.randn(2, m, n, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    sharded, whole, gathered = (
+        Lockstep(weight, 3, c, gather=gather, error_dtype=error_dtype, right=right)
+        for c, gather in ((cuts, False), ((1, 1), False), (cuts, True))
+    )
+    for grad in gradients((2, m, n))[:8]:
+        for each in (sharded, whole, gathered):
+            each.step(grad, hyper())
+        for each in (sharded, gathered):
+            torch.testing.assert_close(each.whole(each.weights), whole.whole(whole.weights), rtol=0, atol=1e-10)
+            torch.testing.assert_close(each.whole(each.errors), whole.whole(whole.errors), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["slices", "own gradients"])
+@pytest.mark.parametrize("right", [False, True], ids=["left", "right"])
+@pytest.mark.parametrize("cuts", [(1, 1), *QUANTIZED_CUTS], ids=str)
+def test_blocks_of_replicas_do_not_depend_on_the_cut(cuts: tuple[int, int], right: bool, own: bool) -> None:
+    """Replicas cut the kept dimension once more, or have errors of their own, each with blocks of its own."""
+    m, n = (70, 9) if right else (9, 70)
+    weight = torch.randn(2, m, n, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    split = Lockstep(weight, 3, cuts[::-1] if right else cuts, 3, own=own, error_dtype="int4", right=right)
+    whole = Lockstep(weight, 3, (1, 1), 3 if own else 1, own=own, error_dtype="int4", right=right)
+    generator = torch.Generator().manual_seed(8)
+    for grad in gradients((2, m, n))[:8]:
+        if own:
+            grad = grad + torch.randn(3, 2, m, n, dtype=torch.float64, generator=generator)
+        split.step(grad, hyper())
+        whole.step(grad, hyper())
+        torch.testing.assert_close(split.whole(split.weights), whole.whole(whole.weights), rtol=0, atol=1e-10)
+        torch.testing.assert_close(split.whole(split.errors), whole.whole(whole.errors), rtol=0, atol=1e-10)

@@ -66,6 +66,21 @@ def test_what_was_rounded_stochastically_comes_back_exactly(name: str, dtype: to
 
 @pytest.mark.parametrize("stochastic", [False, True])
 @pytest.mark.parametrize("name", NAMES)
+def test_a_piece_of_what_was_decoded_is_encoded_without_the_rest_to_the_same_numbers(
+    name: str, stochastic: bool
+) -> None:
+    """Also where the largest element of its block lies elsewhere: what is loaded on any cut is what was saved."""
+    form, columns = FORMATS[name], 128
+    x = hard(torch.float64, columns) * torch.logspace(0, -3, columns, dtype=torch.float64)
+    y = form.decode(*form.encode(x, bits_of(x) if stochastic else None), columns, torch.float64)
+    for start, stop in [(0, 1), (5, 9), (7, 100), (31, 33), (32, 64), (90, 128), (40, 40)]:
+        again = form.encode_again(y[:, start:stop], start)
+        assert [t.shape for t in again] == list(form.shapes((len(y), stop - start), start))
+        assert torch.equal(form.decode(*again, stop - start, torch.float64, start), y[:, start:stop])
+
+
+@pytest.mark.parametrize("stochastic", [False, True])
+@pytest.mark.parametrize("name", NAMES)
 def test_no_element_is_more_than_a_step_off_and_the_scale_is_the_smallest(name: str, stochastic: bool) -> None:
     form, x = FORMATS[name], hard(torch.float64, 64)[6:]
     codes, scales = form.encode(x, bits_of(x) if stochastic else None)
