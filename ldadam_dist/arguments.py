@@ -89,6 +89,11 @@ def check_group(group: Mapping[str, Any]) -> None:
         near = [_ALIASES[key]] if key in _ALIASES else difflib.get_close_matches(key, GROUP_KEYS, n=1, cutoff=0.8)
         if near and near[0] not in ("params", "param_names") and not key.startswith(f"{near[0]}_"):
             raise ValueError(f"unknown key {key!r} in a parameter group; did you mean {near[0]!r}?")
+    check_settings(group)
+
+
+def check_settings(group: Mapping[str, Any]) -> None:
+    """Raise ValueError for a value of a complete parameter group that is out of its range."""
     _check_number("lr", group["lr"], 0.0, math.inf, tensor=True)
     for key in ("lr_scale", "eps", "weight_decay"):
         _check_number(key, group[key], 0.0, math.inf)
@@ -270,7 +275,8 @@ def check_state(
     for key, shape in shapes.items():
         if key == "error" and key not in saved:
             continue
-        found = tuple(getattr(saved[key], "shape", ())) if key in saved else "nothing"
+        is_tensor = isinstance(saved.get(key), Tensor)
+        found = tuple(saved[key].shape) if is_tensor else repr(saved[key]) if key in saved else "nothing"
         if found != shape:
             raise ValueError(
                 f"the saved {key!r} of parameter {name} is {found}: expected {shape}. "

@@ -62,7 +62,7 @@ class ErrorInGrad(Located):
         if "_buffers" not in self.__dict__:
             self._start()
             for param, kept in self.state.items():
-                if self.error_in_grad and "error" in kept:
+                if self.error_in_grad and isinstance(param, Tensor) and "error" in kept:
                     param.grad = None  # a copied tensor, unlike a copied nn.Parameter, has a copy of the error there
 
     @property
@@ -272,7 +272,7 @@ def _take_loaded(optimizer: Optimizer) -> None:
     assert isinstance(optimizer, ErrorInGrad)
     optimizer._buffers.release()
     for param, kept in optimizer.state.items():
-        if "error" in kept:
+        if isinstance(param, Tensor) and "error" in kept:
             kept["error"] = kept["error"].to(param.dtype).contiguous()
 
 

@@ -18,6 +18,7 @@ from ldadam_dist.gradients import inspect_gradients, warn_skipped
 from ldadam_dist.grouping import as_given, inherited, name_alike, regrouped
 from ldadam_dist.in_grad import refuse_replicas
 from ldadam_dist.inspection import Inspectable
+from ldadam_dist.load_checks import check_form
 from ldadam_dist.lowrank import step_matrices
 from ldadam_dist.plan import WINDOW_ELEMENTS
 from ldadam_dist.replicas import Replicas, check_equal
@@ -215,10 +216,9 @@ class LDAdamW(Inspectable):
             named = list(zip(names_of(group, len(self.param_groups) - 1), group["params"], strict=True))
             arguments.check_params(named, group, required)
             for name, param in named:
-                self.replicas.check(name, group)
                 entry = self._entry(name, param, group)
                 entry.adapter.check(param, name)
-                self._check_fits(entry)
+                self._check_settings(entry)
             if unsaid:
                 arguments.warn_whole_model(named, group)
             self._note(group)
@@ -324,18 +324,24 @@ class LDAdamW(Inspectable):
                 in fewer; their error_dtype, state_dtype and stochastic_rounding may be others, and stay as they are
                 here.
         Raises:
-            ValueError: groups or shapes that do not fit, or another rank's shards; nothing has been loaded then.
+            ValueError: groups, shapes or values that do not fit, or another rank's shards. Whatever is raised, nothing
+                has been loaded then.
         """
         self.attach_found()
+        check_form(state_dict)
         self._agreed.clear()
-        loading = Loading(self._entries_by_param, self._partitions, self._state_of)
+        loading = Loading(self._entries_by_param, self._partitions, self._state_of, self._check_settings)
         # As hooks, to see what the user's own hooks make of the state, and to come before those that follow.
         hooks = (
             self.register_load_state_dict_pre_hook(loading.check),
             self.register_load_state_dict_post_hook(loading.restore, prepend=True),
         )
+        before = self.state, self.param_groups  # torch replaces both, and changes neither
         try:
             super().load_state_dict(regrouped(state_dict, self.param_groups))
+        except BaseException:
+            self.state, self.param_groups = before
+            raise
         finally:
             for hook in hooks:
                 hook.remove()
@@ -371,6 +377,11 @@ class LDAdamW(Inspectable):
         for entry in self._own_errors():
             local = entry.adapter.local(errors[entry.name])[0]
             self.state[entry.param].update(stored_error(entry, local.to(entry.adapter.local(entry.param).device)))
+
+    def _check_settings(self, entry: Entry) -> None:
+        """Raise ValueError if a parameter cannot be stepped with the settings of its group."""
+        self.replicas.check(entry.name, entry.group)
+        self._check_fits(entry)
 
     def _own_errors(self) -> list[Entry]:
         """The parameters of which each replica has an error of its own."""

@@ -56,7 +56,8 @@ ALLOWED = {
     "in_grad": {"error_buffers", "entries", "located", "replicas", "rules"},
     "consistency": {"entries", "adapters", "runtime"},
     "state": {"entries", "adapters", "buckets", "fragments", "layout", "quantized", "rules", "runtime"},
-    "state_dicts": {"arguments", "entries", "partitions", "state"},
+    "load_checks": {"arguments", "entries", "state"},
+    "state_dicts": {"arguments", "entries", "load_checks", "partitions", "state"},
     "replicas": {"entries", "layout", "runtime"},
     "located": {
         *("arguments", "adapters", "entries", "lowrank", "partitions", "plan", "replicas", "rules"),
@@ -79,6 +80,7 @@ ALLOWED = {
             "consistency",
             "state",
             "state_dicts",
+            "load_checks",
             "inspection",
         ),
         *("adamw", "lowrank", "plan", "replicas", "runtime"),
