@@ -29,6 +29,9 @@ GROUP_KEYS = (
     "metrics_every"
 ).split()
 
+FIXED = ("rank", "proj_type", "flatten", "enable_lowrank")
+"""Settings that fix the shapes of states."""
+
 _FOREIGN = {
     "update_proj_gap": "LDAdam refreshes its subspace at every step, so there is no gap between updates to set",
     "scale": "LDAdam's update needs no extra scale: its error feedback gives back what the projection lost",
@@ -291,7 +294,7 @@ def check_state(
 
 def check_saved_settings(name: str, group: Mapping[str, Any], saved_group: Mapping[str, Any]) -> None:
     """Raise ValueError if a saved group's settings are not those that fix the shape of a parameter's state."""
-    for key in ("rank", "proj_type", "flatten", "enable_lowrank"):
+    for key in FIXED:
         if key in saved_group and saved_group[key] != group[key]:
             raise ValueError(
                 f"the state of parameter {name} was saved with {key}={saved_group[key]!r}, this optimizer has "

@@ -171,14 +171,16 @@ class ErrorInGrad(Located):
             for buffer in empty:
                 buffer.put()
             raise
-        if stay:
-            _warn_dropped(stay)
+        self._torn = True  # until all gradients that were stepped are dropped
         for entry, buffer in matrices:
             if self._apart:
                 entry.param.grad = None
             elif buffer is not None or bool(entry.state["step"].any()):
                 self._buffers.link(entry)
         self._buffers.remember()
+        self._torn = False
+        if stay:
+            _warn_dropped(stay)
 
     def _forget_unusable(self, entries: Sequence[Entry]) -> str:
         """Errors with an unusable gradient in them start again from zero. Returns what has changed, in words."""

@@ -55,13 +55,15 @@ def checked_group(
     Args:
         number: of the group.
         saved: as it was saved.
-        group: the optimizer's, which says how states are stored.
+        group: the optimizer's, which says what shapes states have, and how they are stored.
         defaults: of the optimizer.
     Raises:
         ValueError: a setting that the optimizer would not take.
     """
-    missing = {key: value for key, value in defaults.items() if key not in saved and key != "differentiable"}
-    made = {**saved, **missing, **{key: group[key] for key in STORAGE}}
+    made = {key: value for key, value in defaults.items() if key != "differentiable"}
+    made |= {key: group[key] for key in arguments.FIXED}
+    made |= saved
+    made |= {key: group[key] for key in STORAGE}
     try:
         for key in ("maximize", "amsgrad"):
             if made.get(key):
@@ -150,6 +152,19 @@ def check_values(name: str, entry: Entry, state: Mapping[str, Any], keys: Sequen
             raise ValueError(
                 f"the saved {key!r} of parameter {name} has values from {low} to {high}: expected {bound}. Load an "
                 f"earlier checkpoint."
+            )
+
+
+def check_own_errors(errors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Raise ValueError if saved errors of replicas are not of the parameters and replicas that there are."""
+    if errors and not expected:
+        raise ValueError("there are no errors to replace yet: expected load_state_dict before load_own_errors.")
+    for name in expected.keys() | errors.keys():
+        found, mine = (tuple(some[name].shape) if name in some else "nothing" for some in (errors, expected))
+        if found != mine:
+            raise ValueError(
+                f"the saved errors of replicas have {found} for parameter {name}: expected {mine}. Those of "
+                f"another number of replicas cannot be loaded: load_state_dict alone goes on from their mean."
             )
 
 

@@ -16,6 +16,7 @@ ALLOWED = {
     "_version": set(),
     "rules": set(),
     "tables": set(),
+    "whole": set(),
     "network": set(),
     "parsing": set(),
     "curves": set(),
@@ -60,7 +61,7 @@ ALLOWED = {
     "state_dicts": {"arguments", "entries", "load_checks", "partitions", "state"},
     "replicas": {"entries", "layout", "runtime"},
     "located": {
-        *("arguments", "adapters", "entries", "lowrank", "partitions", "plan", "replicas", "rules"),
+        *("arguments", "adapters", "entries", "lowrank", "partitions", "plan", "replicas", "rules", "whole"),
     },
     "placement": {"entries", "state", "plan", "costs", "layout", "quantized", "rules", "tables"},
     "lowrank": {
