@@ -29,6 +29,9 @@ GROUP_KEYS = (
     "metrics_every"
 ).split()
 
+FIXED = ("rank", "proj_type", "flatten", "enable_lowrank")
+"""Settings that fix the shapes of states."""
+
 _FOREIGN = {
     "update_proj_gap": "LDAdam refreshes its subspace at every step, so there is no gap between updates to set",
     "scale": "LDAdam's update needs no extra scale: its error feedback gives back what the projection lost",
@@ -89,6 +92,11 @@ def check_group(group: Mapping[str, Any]) -> None:
         near = [_ALIASES[key]] if key in _ALIASES else difflib.get_close_matches(key, GROUP_KEYS, n=1, cutoff=0.8)
         if near and near[0] not in ("params", "param_names") and not key.startswith(f"{near[0]}_"):
             raise ValueError(f"unknown key {key!r} in a parameter group; did you mean {near[0]!r}?")
+    check_settings(group)
+
+
+def check_settings(group: Mapping[str, Any]) -> None:
+    """Raise ValueError for a value of a complete parameter group that is out of its range."""
     _check_number("lr", group["lr"], 0.0, math.inf, tensor=True)
     for key in ("lr_scale", "eps", "weight_decay"):
         _check_number(key, group[key], 0.0, math.inf)
@@ -270,7 +278,8 @@ def check_state(
     for key, shape in shapes.items():
         if key == "error" and key not in saved:
             continue
-        found = tuple(getattr(saved[key], "shape", ())) if key in saved else "nothing"
+        is_tensor = isinstance(saved.get(key), Tensor)
+        found = tuple(saved[key].shape) if is_tensor else repr(saved[key]) if key in saved else "nothing"
         if found != shape:
             raise ValueError(
                 f"the saved {key!r} of parameter {name} is {found}: expected {shape}. "
@@ -285,7 +294,7 @@ def check_state(
 
 def check_saved_settings(name: str, group: Mapping[str, Any], saved_group: Mapping[str, Any]) -> None:
     """Raise ValueError if a saved group's settings are not those that fix the shape of a parameter's state."""
-    for key in ("rank", "proj_type", "flatten", "enable_lowrank"):
+    for key in FIXED:
         if key in saved_group and saved_group[key] != group[key]:
             raise ValueError(
                 f"the state of parameter {name} was saved with {key}={saved_group[key]!r}, this optimizer has "

@@ -111,7 +111,7 @@ class Capturable(ErrorInGrad):
             RuntimeError: they have not, and the step is being captured.
         """
         new = [entry for entry in entries if entry.param.grad is not None and not self._has_started(entry)]
-        if new and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        if new and _capturing():
             raise RuntimeError(
                 f"parameter {new[0].name} is first stepped while a CUDA graph is captured: expected a step before, "
                 f"in which the host sees where it starts. Take a step with gradients that are not zero, then capture."
@@ -142,11 +142,18 @@ class Capturable(ErrorInGrad):
                 entry.local_grad = entry.grad.contiguous()
             entry.statuses = [NONZERO] * entry.number
         matrices = [entry for entry in moving if entry.matrices is not None]
+        windows = self._windows(matrices)
         usable, nonzero = _usable(moving)
+        self._torn = not _capturing()  # what is captured has not run yet
         step_vectors((entry for entry in moving if entry.matrices is None), usable)
-        step_matrices(matrices, self._windows(matrices), OnDevice(usable, [usable & nonzero[id(e)] for e in matrices]))
+        step_matrices(matrices, windows, OnDevice(usable, [usable & nonzero[id(e)] for e in matrices]))
         assert self._skipped_unseen is not None
         self._skipped_unseen += usable.logical_not()
+        self._torn = False
+
+
+def _capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def _usable(entries: Sequence[Entry]) -> tuple[Tensor, dict[int, Tensor]]:

@@ -60,6 +60,12 @@ def name_alike(added: dict[str, Any], groups: Sequence[dict[str, Any]]) -> list[
     return others
 
 
+def forget_names(groups: Sequence[dict[str, Any]]) -> None:
+    """Take back what `name_alike` has made up."""
+    for group in groups:
+        group.pop("param_names", None)
+
+
 def regrouped(state_dict: dict[str, Any], groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """A saved state dict in the groups of now, where it has the same names in others; else as it is.
 

@@ -63,7 +63,7 @@ class ErrorInGrad(Located):
         if "_buffers" not in self.__dict__:
             self._start()
             for param, kept in self.state.items():
-                if self.error_in_grad and "error" in kept:
+                if self.error_in_grad and isinstance(param, Tensor) and "error" in kept:
                     param.grad = None  # a copied tensor, unlike a copied nn.Parameter, has a copy of the error there
 
     @property
@@ -172,14 +172,16 @@ class ErrorInGrad(Located):
             for buffer in empty:
                 buffer.put()
             raise
-        if stay:
-            _warn_dropped(stay)
+        self._torn = True  # until all gradients that were stepped are dropped
         for entry, buffer in matrices:
             if self._apart:
                 entry.param.grad = None
             elif buffer is not None or is_fake(entry.state["step"]) or bool(entry.state["step"].any()):
                 self._buffers.link(entry)
         self._buffers.remember()
+        self._torn = False
+        if stay:
+            _warn_dropped(stay)
 
     def _forget_unusable(self, entries: Sequence[Entry]) -> str:
         """Errors with an unusable gradient in them start again from zero. Returns what has changed, in words."""
@@ -273,7 +275,7 @@ def _take_loaded(optimizer: Optimizer) -> None:
     assert isinstance(optimizer, ErrorInGrad)
     optimizer._buffers.release()
     for param, kept in optimizer.state.items():
-        if "error" in kept:
+        if isinstance(param, Tensor) and "error" in kept:
             kept["error"] = kept["error"].to(param.dtype).contiguous()
 
 

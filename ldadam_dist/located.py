@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
-from torch.optim import Optimizer
 
 from ldadam_dist import arguments
 from ldadam_dist.adapters import Adapter, adapter_for
@@ -17,9 +16,10 @@ from ldadam_dist.partitions import FlatPartition, Partitions
 from ldadam_dist.plan import Unit
 from ldadam_dist.replicas import Replicas
 from ldadam_dist.rules import global_shape, low_rank_matrices
+from ldadam_dist.whole import Whole
 
 
-class Located(Optimizer):
+class Located(Whole):
     """The parameters of `LDAdamW` and where they are.
 
     Attributes:

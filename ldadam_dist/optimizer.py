@@ -15,9 +15,10 @@ from ldadam_dist.adamw import step_vectors
 from ldadam_dist.consistency import check_ranks_agree
 from ldadam_dist.entries import UNUSABLE, Entry, first_matrix, names_of
 from ldadam_dist.gradients import inspect_gradients, warn_skipped
-from ldadam_dist.grouping import as_given, inherited, name_alike, regrouped
+from ldadam_dist.grouping import as_given, forget_names, inherited, name_alike, regrouped
 from ldadam_dist.in_grad import refuse_replicas
 from ldadam_dist.inspection import Inspectable
+from ldadam_dist.load_checks import check_form, check_own_errors
 from ldadam_dist.lowrank import step_matrices
 from ldadam_dist.plan import WINDOW_ELEMENTS
 from ldadam_dist.replicas import Replicas, check_equal
@@ -163,8 +164,9 @@ class LDAdamW(Inspectable):
         """What a copy or a pickle holds.
 
         Raises:
-            RuntimeError: there is a process group, which does not travel.
+            RuntimeError: there is a process group, which does not travel, or a step was interrupted.
         """
+        self._refuse_torn("a copy or a pickle")
         if self.replicas.group is not None or self._partitions:
             owner = "that DeepSpeed's engine steps" if self._partitions else "with process_group= or replicate_mesh="
             raise RuntimeError(
@@ -204,7 +206,7 @@ class LDAdamW(Inspectable):
         try:
             super().add_param_group(added)
         except Exception:
-            _forget_names(newly_named)
+            forget_names(newly_named)
             raise
         try:
             self._agreed.clear()
@@ -216,16 +218,15 @@ class LDAdamW(Inspectable):
             named = list(zip(names_of(group, len(self.param_groups) - 1), group["params"], strict=True))
             arguments.check_params(named, group, required)
             for name, param in named:
-                self.replicas.check(name, group)
                 entry = self._entry(name, param, group)
                 entry.adapter.check(param, name)
-                self._check_fits(entry)
+                self._check_settings(entry)
             if unsaid:
                 arguments.warn_whole_model(named, group)
             self._note(group)
         except Exception:
             self.param_groups.pop()
-            _forget_names(newly_named)
+            forget_names(newly_named)
             raise
 
     @torch.no_grad()
@@ -245,7 +246,10 @@ class LDAdamW(Inspectable):
                 graph is captured too early.
                 Nothing has changed then either. Or a collective failed, as a rank has stalled or died, which is named
                 with the matrices: the run must start again from its last checkpoint.
+                Whatever is raised in the midst of a step, as by Ctrl-C, steps and state dicts are refused from then on,
+                until a checkpoint is loaded.
         """
+        self._refuse_torn("step()")
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -291,12 +295,15 @@ class LDAdamW(Inspectable):
             return
 
         vectors = [entry for entry in entries if entry.matrices is None]
+        parts = [[e for e in some if e.matrices is not None] for some in self._stepped_together(entries)]
+        plans = [self._windows(matrices) for matrices in parts]
+        self._torn = True
         with self.replicas.averaging(vectors):
-            for together in self._stepped_together(entries):
-                matrices = [entry for entry in together if entry.matrices is not None]
-                self._keep_measures(matrices, step_matrices(matrices, self._windows(matrices)))
+            for matrices, plan in zip(parts, plans, strict=True):
+                self._keep_measures(matrices, step_matrices(matrices, plan))
         step_vectors(vectors)
         self._steps += 1
+        self._torn = False
         if self._check_every and self._steps % self._check_every == 0:
             check_equal(entries)
 
@@ -305,7 +312,11 @@ class LDAdamW(Inspectable):
 
         With gradient_sync="lowrank" the error is the mean of the replicas', which is all that decides on the next
         steps; collective then. `own_errors` has them as they are, for a resume to the last bit.
+
+        Raises:
+            RuntimeError: a step was interrupted, and has left what no run can go on from.
         """
+        self._refuse_torn("state_dict()")
         self.attach_found()
 
         def decode(_: Optimizer, made: dict[str, Any]) -> dict[str, Any]:
@@ -320,26 +331,35 @@ class LDAdamW(Inspectable):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state, as `torch.optim.Optimizer.load_state_dict`, and store it as this optimizer's groups say.
 
+        After a step that was interrupted it lets the run go on; load the weights of the same checkpoint too.
+
         Args:
             state_dict: from `state_dict()` of an optimizer with the same groups, or with parameters of the same names
                 in fewer; their error_dtype, state_dtype and stochastic_rounding may be others, and stay as they are
                 here.
         Raises:
-            ValueError: groups or shapes that do not fit, or another rank's shards; nothing has been loaded then.
+            ValueError: groups, shapes or values that do not fit, or another rank's shards. Whatever is raised, nothing
+                has been loaded then.
         """
         self.attach_found()
+        check_form(state_dict)
         self._agreed.clear()
-        loading = Loading(self._entries_by_param, self._partitions, self._state_of)
+        loading = Loading(self._entries_by_param, self._partitions, self._state_of, self._check_settings)
         # As hooks, to see what the user's own hooks make of the state, and to come before those that follow.
         hooks = (
             self.register_load_state_dict_pre_hook(loading.check),
             self.register_load_state_dict_post_hook(loading.restore, prepend=True),
         )
+        before = self.state, self.param_groups  # torch replaces both, and changes neither
         try:
             super().load_state_dict(regrouped(state_dict, self.param_groups))
+        except BaseException:
+            self.state, self.param_groups = before
+            raise
         finally:
             for hook in hooks:
                 hook.remove()
+        self._torn = False
 
     def own_errors(self) -> dict[str, Tensor]:
         """The errors of all replicas, with gradient_sync="lowrank": to be saved beside `state_dict`.
@@ -348,6 +368,7 @@ class LDAdamW(Inspectable):
             by name of the parameter, a DTensor (replicas, ...) of which each replica has its own; empty before the
             first step.
         """
+        self._refuse_torn("own_errors()")
         return {entry.name: own_error(entry) for entry in self._own_errors()}
 
     def load_own_errors(self, errors: Mapping[str, Tensor]) -> None:
@@ -358,26 +379,21 @@ class LDAdamW(Inspectable):
                 loaded then.
         """
         expected = self.own_errors()
-        if errors and not expected:
-            raise ValueError("there are no errors to replace yet: expected load_state_dict before load_own_errors.")
-        for name in expected.keys() | errors.keys():
-            found, mine = (tuple(some[name].shape) if name in some else "nothing" for some in (errors, expected))
-            if found != mine:
-                raise ValueError(
-                    f"the saved errors of replicas have {found} for parameter {name}: expected {mine}. Those of "
-                    f"another number of replicas cannot be loaded: load_state_dict alone goes on from their mean."
-                )
+        check_own_errors(errors, expected)
         for entry in self._own_errors():
             check_own(entry, errors[entry.name])
+        made = []
         for entry in self._own_errors():
             local = entry.adapter.local(errors[entry.name])[0]
-            self.state[entry.param].update(stored_error(entry, local.to(entry.adapter.local(entry.param).device)))
+            made.append((entry, stored_error(entry, local.to(entry.adapter.local(entry.param).device))))
+        for entry, error in made:
+            self.state[entry.param].update(error)
+
+    def _check_settings(self, entry: Entry) -> None:
+        """Raise ValueError if a parameter cannot be stepped with the settings of its group."""
+        self.replicas.check(entry.name, entry.group)
+        self._check_fits(entry)
 
     def _own_errors(self) -> list[Entry]:
         """The parameters of which each replica has an error of its own."""
         return [e for e in self._entries() if e.matrices and e.adapter.sync is not None and "error" in e.state]
-
-
-def _forget_names(groups: list[dict[str, Any]]) -> None:
-    for group in groups:
-        group.pop("param_names", None)

@@ -54,25 +54,27 @@ def init_state(entry: Entry) -> None:
         return
     param, adapter, group, state = entry.param, entry.adapter, entry.group, entry.state
     shapes, dtype = state_shapes(entry.shape, group), _state_dtype(entry)
+    made: dict[str, Tensor] = {}
     if not state:
-        state["step"] = torch.zeros(
+        made["step"] = torch.zeros(
             shapes["step"], dtype=torch.float32, device=step_device(entry)
         )  # whatever the default
         if entry.matrices is None:
-            state["exp_avg"], state["exp_avg_sq"] = adapter.new_moment(param, dtype), adapter.new_moment(param, dtype)
+            made["exp_avg"], made["exp_avg_sq"] = adapter.new_moment(param, dtype), adapter.new_moment(param, dtype)
         else:
             for key in ("exp_avg", "exp_avg_sq", "projector"):
-                state[key] = adapter.new_state(param, shapes[key], PARTS[key], entry.side, dtype)
+                made[key] = adapter.new_state(param, shapes[key], PARTS[key], entry.side, dtype)
     if entry.matrices is not None and group["error_feedback"] and "error" not in state:
         if group["error_dtype"] in FORMATS:
-            state["error"], state[SCALE] = _new_codes(entry)
+            made["error"], made[SCALE] = _new_codes(entry)
         else:
             error_dtype = stored_error_dtype(param.dtype, group["error_dtype"])
             if adapter.sync is not None:
                 local = adapter.local_shape(shapes["error"], _error_part(entry), entry.side)
-                state["error"] = torch.zeros(local, dtype=error_dtype, device=adapter.local(param).device)
+                made["error"] = torch.zeros(local, dtype=error_dtype, device=adapter.local(param).device)
             else:
-                state["error"] = adapter.new_state(param, shapes["error"], "error", entry.side, error_dtype)
+                made["error"] = adapter.new_state(param, shapes["error"], "error", entry.side, error_dtype)
+    state.update(made)  # at once: memory may have run out before
 
 
 def decoded(entry: Entry, state: Mapping[str, Any]) -> dict[str, Any]:

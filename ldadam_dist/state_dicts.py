@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -10,15 +11,12 @@ from torch.optim import Optimizer
 
 from ldadam_dist import arguments
 from ldadam_dist.entries import Entry
+from ldadam_dist.load_checks import check_form, check_values, checked_group, with_step
 from ldadam_dist.partitions import Partitions
 from ldadam_dist.state import SCALE, check_places, decoded, step_device, stored, stored_shapes
 
 Entries = Iterable[tuple[Tensor, list[Entry]]]
 """Each parameter, or flat tensor, with what is stepped of it, in the order of the groups."""
-
-STORAGE = ("error_dtype", "state_dtype", "stochastic_rounding", "capturable", "metrics_every")
-"""Settings of a group that say how its states are stored or looked at: a checkpoint has the states of any, and changes
-none."""
 
 
 def with_floating_errors(
@@ -45,53 +43,71 @@ def with_floating_errors(
     return {**state_dict, "state": made}
 
 
-def _is_decoded(state: Mapping[str, Any]) -> bool:
+def _is_decoded(state: Any) -> bool:
+    if not isinstance(state, Mapping):  # a key that is no parameter may have anything
+        return False
     return SCALE in state or any(isinstance(part, Mapping) and SCALE in part for part in state.values())
 
 
 class Loading:
     """One call of `load_state_dict`: what is checked before anything changes, and what torch would do otherwise.
 
+    Saved groups are checked as groups are, and keys that they do not have get the optimizer's defaults.
+
     Args:
         entries: gives all parameters.
         flat: flat tensors, the state of which has one dict for each name.
         state_of: gives where the state of a parameter is kept.
+        check_settings: raises ValueError if a parameter cannot be stepped with the settings of its group.
     """
 
     def __init__(
-        self, entries: Callable[[], Entries], flat: Partitions, state_of: Callable[[Entry], dict[str, Any]]
+        self,
+        entries: Callable[[], Entries],
+        flat: Partitions,
+        state_of: Callable[[Entry], dict[str, Any]],
+        check_settings: Callable[[Entry], None],
     ) -> None:
-        self._entries, self._flat, self._state_of = entries, flat, state_of
+        self._entries, self._flat, self._state_of, self._check_settings = entries, flat, state_of, check_settings
         self._found: list[tuple[Entry, dict[str, Any]]] = []
-        self._storage: list[dict[str, Any]] = []
 
-    def check(self, optimizer: Optimizer, saved: dict[str, Any]) -> None:
-        """Before torch loads. Raises ValueError for a state that does not fit."""
-        saved_groups = saved["param_groups"]
-        if [len(group["params"]) for group in saved_groups] != [len(g["params"]) for g in optimizer.param_groups]:
-            return  # torch says what differs
-        self._storage = [{key: group[key] for key in STORAGE} for group in optimizer.param_groups]
+    def check(self, optimizer: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
+        """Before torch loads. Returns what it loads, with complete groups.
+
+        Raises:
+            ValueError: a state or a group that does not fit.
+        """
+        check_form(saved)
+        here, groups = optimizer.param_groups, saved["param_groups"]
+        if [len(group["params"]) for group in groups] != [len(group["params"]) for group in here]:
+            return saved  # torch says what differs
+        both = enumerate(zip(groups, here, strict=True))
+        groups = [checked_group(number, group, mine, optimizer.defaults) for number, (group, mine) in both]
+        saved = {**saved, "param_groups": groups}
         for param, entries, group, number in _numbered(self._entries(), saved):
             states = saved["state"].get(number, {})
             flat = param in self._flat
+            if flat and not isinstance(states, Mapping):
+                with_step(entries[0].name, states)
             for entry in entries:
-                state = states.get(entry.name, {}) if flat else states
                 name, sharded = f"{entry.name} of shape {entry.shape}", entry.adapter.sharded
-                arguments.check_state(name, entry.group, group, state, stored_shapes(entry), sharded)
+                state, shapes = with_step(name, states.get(entry.name, {}) if flat else states), stored_shapes(entry)
+                arguments.check_state(name, entry.group, group, state, shapes, sharded)
+                check_values(name, entry, state, list(shapes))
                 check_places(entry, state)
+                self._check_settings(replace(entry, group=dict(group)))
                 self._found.append((entry, state))
             if flat:
                 arguments.check_partition(states, [entry.name for entry in entries if entry.present])
+        return saved
 
     def restore(self, optimizer: Optimizer) -> None:
         """After torch has loaded, which casts every state to its parameter's dtype: store them from the saved ones."""
-        for group, kept in zip(optimizer.param_groups, self._storage, strict=True):
-            group.update(kept)
         for entry, saved in self._found:
             if saved:
                 state = self._state_of(entry)
                 state.update(stored(entry, saved))
-                state["step"] = state["step"].to(step_device(entry))
+                state["step"] = saved["step"].to(step_device(entry))
 
 
 def _numbered(

@@ -25,10 +25,11 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
-from deepspeed.utils import fragment_address
+from deepspeed.utils import fragment_address, mixed_precision_linkage
 from torch import nn
 
 from ldadam_dist.integrations.zero import ZeroLayout, refuse_unsupported, unknown_layout
+from ldadam_dist.integrations.zero_access import noted
 from ldadam_dist.integrations.zero_checkpoints import ZeroCheckpoints
 from ldadam_dist.optimizer import LDAdamW
 from ldadam_dist.param_groups import build_param_groups
@@ -126,6 +127,7 @@ def _attach(engine: Any) -> ZeroLayout:
     except (AttributeError, KeyError, TypeError) as error:
         raise unknown_layout(f"{type(error).__name__}: {error}") from error
     found = optimizer.attach_partitions(layout.partitions, layout.overflowed)
+    layout.refuse_states()
     _checkpoints(engine, optimizer).attached(layout, FlatForm(layout.partitions, found))
     return layout
 
@@ -212,6 +214,9 @@ def _build_groups(model: nn.Module, given: Sequence[Any], options: Mapping[str, 
     return groups
 
 
+mixed_precision_linkage.set_full_hp_param = noted(mixed_precision_linkage.set_full_hp_param)
+for _name in ("set_full_hp_param", "set_local_hp_param"):
+    setattr(DeepSpeedZeroOptimizer_Stage3, _name, noted(getattr(DeepSpeedZeroOptimizer_Stage3, _name)))
 torch.optim.LDAdamW = _from_json  # type: ignore[attr-defined]
 if LDAdamW not in ZERO_SUPPORTED_OPTIMIZERS:
     ZERO_SUPPORTED_OPTIMIZERS.append(LDAdamW)

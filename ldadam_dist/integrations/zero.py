@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ldadam_dist.adapters.flat import FlatRange
 from ldadam_dist.gradients import largest_gradient
+from ldadam_dist.integrations.zero_access import is_where_the_engine_writes, refuse_states, was_set
 from ldadam_dist.partitions import FlatParam, FlatPartition
 from ldadam_dist.runtime import agree
 
@@ -91,6 +92,8 @@ class _Weights:
         """Whether the master weights are this process's weights."""
         start, length = self.elements.starts[self.elements.index], self.elements.length
         master = self.partition.detach()[self.elements.offset :][:length]
+        if was_set(self.param):  # by safe_set_full_fp32_param, and the engine's weights follow at the step
+            return is_where_the_engine_writes(self.param, start, master)
         if hasattr(self.param, "ds_tensor"):  # ZeRO-3: just the elements of this process, and padding
             own = self.param.ds_tensor.data.reshape(-1)[:length]
         else:
@@ -174,6 +177,10 @@ class ZeroLayout:
             for partition in self.partitions
         ]
 
+    def refuse_states(self) -> None:
+        """Have DeepSpeed refuse to look for the states of LDAdamW by itself; see `zero_access`."""
+        refuse_states(self._zero, [weights.param for weights in self._weights])
+
     def verify(self) -> None:
         """Compare the master weights with the engine's weights, element by element where they are said to be.
 
@@ -189,9 +196,9 @@ class ZeroLayout:
             which = f"of parameter {wrong[0]}" if wrong else "on another rank"
             raise RuntimeError(
                 f"the master weights {which} are not the engine's weights. Either weights were changed after "
-                f"deepspeed.initialize: load them before it, or call engine.optimizer.refresh_fp32_params(). Or "
-                f"DeepSpeed {version('deepspeed')} lays out parameters otherwise than {', '.join(KNOWN_VERSIONS)}: "
-                f"install that."
+                f"deepspeed.initialize: load them before it, call engine.optimizer.refresh_fp32_params(), or set "
+                f"master weights with deepspeed.utils.safe_set_full_fp32_param. Or DeepSpeed {version('deepspeed')} "
+                f"lays out parameters otherwise than the versions known to work ({', '.join(KNOWN_VERSIONS)})."
             )
         self._weights.clear()
 
