@@ -72,13 +72,13 @@ def check_window(window_elements: object) -> None:
         )
 
 
-def checked_interval(check_replicas_every: object, averaged: bool) -> int:
+def checked_interval(check_replicas_every: object, replicas: object | None) -> int:
     """The interval, or ValueError if it is not a number of steps, or there are no replicas to look at."""
     every = check_replicas_every
-    if isinstance(every, bool) or not isinstance(every, Integral) or every < 0 or (every and averaged):
+    if isinstance(every, bool) or not isinstance(every, Integral) or every < 0 or (every and replicas is None):
         raise ValueError(
-            f"check_replicas_every={every!r}: expected a number of steps, 0 for none, and gradient_sync='lowrank', "
-            f"where replicas could come apart."
+            f"check_replicas_every={every!r}: expected a number of steps, 0 for none, and replicas to compare, "
+            f"those of process_group= or replicate_mesh=."
         )
     return int(every)
 

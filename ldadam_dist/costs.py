@@ -19,9 +19,9 @@ def wire_elements(
 ) -> float:
     """Elements that one step of one matrix moves, per rank; the first step, which finds the projector, moves others.
 
-        lowrank   kept dimension cut       3·m·r           gather U; reduce Y to the owner; broadcast U'
+        lowrank   kept dimension cut       3·m·r + r + 1   gather U; reduce Y and its sizes to the owner; broadcast U'
                   projected dimension cut  r·(2m/P + 6n)   rows of Y and U' to the owner and back; M, UᵀA and g, UtB,
-                                           + 2·r²          the lost part and D; R
+                                           + 2·r² + r + 1  the lost part and D; R; sizes of Y
                   replicas                 r·n more        the update's factor D
                   own gradients            5·r·n more      UᵀA and g, UtB, M and D (n/P where both are cut)
         gather    3·m·n/P and the states twice, for each cut dimension; under replicas the dense update
@@ -45,11 +45,12 @@ def wire_elements(
     if communication == "gather":
         elements += (2 + error_feedback) * m * n + 2 * r * (m + 2 * n)
         return hops * elements / shared + replicated * m_local * weight_columns
+    sizes = r + 1 if proj_method == "power_iteration" else 0
     if layout.over_n.count > 1:
-        elements += 3 * m_local * r
+        elements += 3 * m_local * r + sizes
     if layout.over_m.count > 1:
         gathers = 5 + error_feedback
-        elements += gathers * n_local * r + 2 * m * r / shared + 2 * r * r
+        elements += gathers * n_local * r + 2 * m * r / shared + 2 * r * r + sizes
     if proj_method != "power_iteration":
         elements += hops * m * n / shared
     if layout.sync.count > 1:

@@ -33,7 +33,7 @@ class Entry:
         local_grad: its gradient on this process, if there is one; zeros where only another rank has one.
         statuses: of the gradient of each of its matrices (of the whole gradient for AdamW), on all ranks that share it.
         accumulated: whether the gradient, if there is one, is in the error already (error_in_grad).
-        refusal: why nothing may be stepped, if something else is in it too.
+        refusal: why nothing may be stepped, on any rank, if there is a reason here.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Entry:
     local_grad: Tensor | None = field(default=None, repr=False)
     statuses: list[int] = field(default_factory=list)
     accumulated: bool = False
-    refusal: str = ""
+    refusal: Exception | None = None
 
     @property
     def status(self) -> int:

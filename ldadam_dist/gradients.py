@@ -6,10 +6,12 @@ import math
 import warnings
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ldadam_dist.consistency import CHANGED, DIFFERS, Agreement
 from ldadam_dist.entries import MISSING, NONZERO, UNUSABLE, ZERO, Entry, groups_of
 from ldadam_dist.runtime import agree, collective, ranks_of
 from ldadam_dist.separate import is_fake
@@ -20,15 +22,20 @@ def largest_gradient(dtype: torch.dtype) -> float:
     return 1e150 if dtype == torch.float64 else 1e15
 
 
-def inspect_gradients(entries: Sequence[Entry]) -> bool:
-    """Read all gradients and set each entry's statuses. Returns whether any rank has an unusable one.
+def inspect_gradients(entries: Sequence[Entry], agreement: Agreement | None = None, read: bool = True) -> bool:
+    """Find all local gradients, read them, and set each entry's statuses. Returns whether any rank has an unusable one.
 
     Unusable is what is not finite and, in a matrix that is projected, what overflows when it is squared. A gradient
     that only some ranks have is zero on the others. Of fake tensors nothing is read or asked: gradients are usable.
 
+    Args:
+        entries: all trainable parameters.
+        agreement: what to tell other ranks of them, if that has been compared before.
+        read: False to only find them; all are usable then.
     Raises:
-        RuntimeError: a gradient must be redistributed, and a rank does not have it so, or an entry has a refusal;
-            raised on all ranks.
+        RuntimeError: a gradient must be redistributed, and a rank does not have it so; or ranks differ in parameters or
+            settings.
+        ValueError, RuntimeError: the refusal of an entry, and on other ranks a RuntimeError that one has it.
     """
     if any(is_fake(entry.adapter.local(entry.param)) for entry in entries):
         for entry in entries:
@@ -37,17 +44,20 @@ def inspect_gradients(entries: Sequence[Entry]) -> bool:
         return False
     # A gradient that is laid out otherwise than its parameter is redistributed by all ranks together. Whether there is
     # one, and whether all have it, is told along with the statuses; usually there is none, and that is all.
-    moved = [entry.adapter.must_redistribute(entry.param) for entry in entries]
+    moved = [entry.refusal is None and entry.adapter.must_redistribute(entry.param) for entry in entries]
     for entry, differs in zip(entries, moved, strict=True):
-        entry.local_grad = None if differs else entry.adapter.grad(entry.param)
-    _read(entries)
+        entry.local_grad = None if differs or entry.refusal else entry.adapter.grad(entry.param)
+    _read(entries, read)
     present = [entry.param.grad is not None for entry in entries]
-    (present, moved, kept), any_moved, unusable, refused = _agree(
-        entries, [present, moved, [not differs for differs in moved]]
-    )
+    agreement = agreement or Agreement(entries, {})
+    flags = [present, moved, [not differs for differs in moved]]
+    (present, moved, kept), any_moved, unusable, refused = _agree(entries, flags, agreement)
     if refused:
-        why = next(filter(None, (entry.refusal for entry in entries)), None)
-        raise RuntimeError(why or "another rank found something else than gradients in its errors, and says what.")
+        why = next((entry.refusal for entry in entries if entry.refusal), None)
+        raise why or RuntimeError(
+            "another rank refuses this step, as of an error or a gradient that cannot be stepped, and says why. "
+            "Nothing has changed here."
+        )
     if any_moved:
         mixed = [entry for entry, *both in zip(entries, moved, kept, strict=True) if all(both)]
         failed = torch.tensor([len(mixed)], dtype=torch.int32, device="cpu")
@@ -63,8 +73,8 @@ def inspect_gradients(entries: Sequence[Entry]) -> bool:
         for entry in redistributed:
             with collective(f"redistribute (of the gradient of {entry.name})", partial(_sharing, entry)):
                 entry.local_grad = entry.adapter.grad(entry.param)
-        _read(redistributed)
-        (present, *_), _, unusable, _ = _agree(entries, [present, moved, kept])
+        _read(redistributed, read)
+        (present, *_), _, unusable, _ = _agree(entries, [present, moved, kept], agreement)
     for entry, has_gradient in zip(entries, present, strict=True):
         if has_gradient:
             entry.statuses = [max(status, ZERO) for status in entry.statuses]
@@ -92,38 +102,66 @@ def _sharing(entry: Entry) -> set[int]:
     return {rank for group, _ in entry.adapter.groups for rank in ranks_of(group)}
 
 
-def _agree(entries: Sequence[Entry], flags: Sequence[Sequence[bool]]) -> tuple[list[list[bool]], bool, bool, bool]:
+def _agree(
+    entries: Sequence[Entry], flags: Sequence[Sequence[bool]], agreement: Agreement
+) -> tuple[list[list[bool]], bool, bool, bool]:
     """Make the statuses those on which the ranks agree.
 
-    Only what a group shares is told to it: another process may have parameters of its own. Three things go along to
-    everyone: every process must redistribute, skip the step, or refuse it, if one must.
+    Only what a group shares is told to it: another process may have parameters of its own. Some things go along to
+    everyone: every process must redistribute, skip the step, or refuse it, if one must; and whether the parameters of
+    any are others than before, or its parameters and settings others than those of the rest.
 
     Args:
         entries: all parameters.
         flags: (present, moved, kept) of each gradient.
+        agreement: of this step.
     Returns:
         the flags that any rank has set, whether any gradient is moved anywhere, whether any is unusable, and whether
         any is refused.
+    Raises:
+        RuntimeError: ranks differ in their parameters or settings.
     """
     numbers = [entry.number for entry in entries]
     status = torch.tensor([s for entry in entries for s in entry.statuses], dtype=torch.int32, device="cpu")
     flagged = torch.tensor(flags, dtype=torch.int32, device="cpu")
-    told_all = any(flags[1]), UNUSABLE in status.tolist(), any(entry.refusal for entry in entries)
+    refused = any(entry.refusal is not None for entry in entries)
+    told_all = any(flags[1]), UNUSABLE in status.tolist(), refused, agreement.changed, False
     everyone = torch.tensor(told_all, dtype=torch.int32, device="cpu")
-    for group in groups_of(entries):
-        has = torch.tensor([group in entry.adapter.groups for entry in entries], device="cpu")
-        shared = has.repeat_interleave(torch.tensor(numbers, device="cpu"))
-        mine = (status[shared], flagged[:, has].flatten(), everyone)
-        status[shared], told, everyone = agree(torch.cat(mine), *group).split([len(part) for part in mine])
-        flagged[:, has] = told.view(len(flags), -1)
+    differing = []
+    for group in agreement.told_before if agreement.changed else agreement.groups:
+        digest = torch.tensor(agreement.digest(group), dtype=torch.int32, device="cpu")
+        if agreement.changed:
+            mine = (torch.zeros(agreement.lengths[group], dtype=torch.int32, device="cpu"), everyone, digest)
+            _, everyone, digest = _heard(mine, group)
+        else:
+            has = torch.tensor([group in entry.adapter.groups for entry in entries], device="cpu")
+            shared = has.repeat_interleave(torch.tensor(numbers, device="cpu"))
+            mine = (torch.cat([status[shared], flagged[:, has].flatten()]), everyone, digest)
+            told, everyone, digest = _heard(mine, group)
+            agreement.lengths[group] = len(told)
+            status[shared], flags_told = told.split([int(shared.sum()), len(told) - int(shared.sum())])
+            flagged[:, has] = flags_told.view(len(flags), -1)
+        if not torch.equal(digest[:2], -digest[2:]):
+            differing.append(group)
+            everyone[DIFFERS] = 1
+    if everyone[DIFFERS]:
+        agreement.refuse(differing)
+    if everyone[CHANGED]:  # on all ranks alike
+        agreement.settle()
+        return _agree(entries, flags, agreement)
     for entry, statuses in zip(entries, status.split(numbers), strict=True):
         entry.statuses = statuses.tolist()
-    any_moved, unusable, refused = everyone.bool().tolist()
+    any_moved, unusable, refused = everyone[:CHANGED].bool().tolist()
     return flagged.bool().tolist(), any_moved, unusable, refused
 
 
-def _read(entries: Sequence[Entry]) -> None:
-    """Set the statuses that this process sees; MISSING for what only other ranks hold."""
+def _heard(mine: Sequence[Tensor], group: tuple[Any, torch.device]) -> list[Tensor]:
+    """What the ranks of a group say, element by element the largest."""
+    return list(agree(torch.cat(list(mine)), *group).split([len(part) for part in mine]))
+
+
+def _read(entries: Sequence[Entry], look: bool) -> None:
+    """Set the statuses that this process sees; MISSING for what only other ranks hold, ZERO without a look."""
     present: dict[tuple[torch.device, torch.dtype], list[tuple[Entry, int, Tensor]]] = {}
     for entry in entries:
         entry.statuses = [MISSING] * entry.number
@@ -133,7 +171,7 @@ def _read(entries: Sequence[Entry]) -> None:
         grads = list(entry.local_grad) if entry.stacked else [entry.local_grad]
         for slot, grad in zip(range(start, stop), grads, strict=True):
             entry.statuses[slot] = ZERO
-            if grad.numel():
+            if grad.numel() and look:
                 present.setdefault((grad.device, grad.dtype), []).append((entry, slot, grad))
     for (device, dtype), some in present.items():
         grads = [grad for *_, grad in some]

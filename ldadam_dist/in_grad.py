@@ -165,7 +165,8 @@ class ErrorInGrad(Located):
                 if not buffer.apart and entry.param.grad is not None:
                     buffer.problem = buffer.problem or "was replaced by another tensor after a backward"
             entry.accumulated = buffer.in_place or entry.param.grad is None
-            entry.refusal = _refusal(buffer) if buffer.problem else ""
+            if buffer.problem:
+                entry.refusal = RuntimeError(_refusal(buffer))
         try:
             yield
         except BaseException:
@@ -200,43 +201,6 @@ class ErrorInGrad(Located):
             f"No weight has changed. Errors that start again from zero: {', '.join(lost) or 'none here'}; the other "
             f"gradients stay in their errors, and are applied later."
         )
-
-
-def clip_grad_norm_(optimizer: Optimizer, max_norm: float, norm_type: float = 2.0) -> Tensor:
-    """`torch.nn.utils.clip_grad_norm_` of all parameters of an optimizer; call it between backward and step.
-
-    With gradient_sync="lowrank" the norm of the mean gradient is not known. All replicas are clipped alike by their own
-    norms, (mean ‖Gᵢ‖ᵖ)^(1/p), which is at least that, and larger the more their gradients differ; collective then.
-
-    With error_in_grad gradients are clipped and not the errors: from the first call on they are accumulated apart, as
-    without error_in_grad, and added to the errors at the step. So call it from the first step on.
-
-    Args:
-        optimizer: an `LDAdamW`, or any other.
-        max_norm: largest norm; gradients of a larger one are scaled in place.
-        norm_type: of the norm, may be infinity.
-    Returns:
-        the norm before, a scalar; a DTensor where torch's is one. If it is not finite, so are the gradients then, and
-        `LDAdamW.step` is skipped.
-    Raises:
-        RuntimeError: gradients have been accumulated into errors already, or DeepSpeed, which clips by itself, steps
-            the parameters; nothing has changed then.
-    """
-    wrapped = getattr(optimizer, "optimizer", None)  # by accelerate
-    optimizer = wrapped if isinstance(wrapped, Optimizer) else optimizer
-    if isinstance(optimizer, ErrorInGrad):
-        if optimizer._partitions:
-            raise RuntimeError(
-                "DeepSpeed's engine steps these parameters: expected it to clip too. Set gradient_clipping in its JSON."
-            )
-        optimizer.keep_gradients_apart()
-    params = [param for group in optimizer.param_groups for param in group["params"]]
-    if not isinstance(optimizer, ErrorInGrad) or optimizer.replicas.averaged:
-        return torch.nn.utils.clip_grad_norm_(params, max_norm, norm_type)
-    norm = torch.nn.utils.get_total_norm([param.grad for param in params if param.grad is not None], norm_type)
-    norm = optimizer.replicas.mean_norm(getattr(norm, "full_tensor", lambda: norm)(), norm_type)
-    torch.nn.utils.clip_grads_with_norm_(params, max_norm, norm)
-    return norm
 
 
 def refuse_replicas(error_in_grad: object, replicas: Replicas) -> None:

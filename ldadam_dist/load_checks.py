@@ -21,8 +21,14 @@ none."""
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def check_form(state_dict: Any) -> None:
-    """Raise ValueError if this is not {"state": {...}, "param_groups": [{"params": [...]}, ...]}."""
+def check_form(state_dict: Any, flattened: bool = False) -> None:
+    """Raise ValueError if this is not {"state": {...}, "param_groups": [{"params": [...]}, ...]}.
+
+    Args:
+        state_dict: what is to be loaded.
+        flattened: whether an engine has put one flat tensor in the place of a group's parameters, which keep their
+            names there.
+    """
     kinds = (("state", Mapping), ("param_groups", Sequence))
     if not isinstance(state_dict, Mapping) or not all(isinstance(state_dict.get(key), kind) for key, kind in kinds):
         found = list(state_dict) if isinstance(state_dict, Mapping) else type(state_dict).__name__
@@ -33,7 +39,7 @@ def check_form(state_dict: Any) -> None:
         if not isinstance(params, Sequence):
             raise ValueError(f"group {number} of the saved state has no list 'params': expected that of state_dict().")
         names = group.get("param_names", params)
-        if len(names) != len(params):
+        if len(names) != len(params) and not flattened:
             raise ValueError(
                 f"group {number} of the saved state has {len(names)} 'param_names' for {len(params)} 'params': "
                 f"expected one for each. Save state_dict() again."

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from ldadam_dist import arguments
 from ldadam_dist.adapters import Adapter, adapter_for
+from ldadam_dist.agreement import Agreements
+from ldadam_dist.consistency import KEPT
 from ldadam_dist.entries import Entry, names_of
 from ldadam_dist.lowrank import plan_windows
 from ldadam_dist.partitions import FlatPartition, Partitions
@@ -25,17 +27,21 @@ class Located(Whole):
     Attributes:
         replicas: the processes that hold the same plain parameters, or the same shards.
         _window: elements of matrices in flight together.
+        _check_every: after how many steps to compare replicas.
+        _steps: taken by this optimizer.
     """
 
     error_in_grad: bool
     replicas: Replicas
     _window: int
+    _check_every: int
+    _steps: int
 
     def _forget(self) -> None:
         """Start without what is found out about the parameters as they are stepped."""
         self._adapters: dict[Any, Adapter] = {}
         self._plans: dict[tuple[int, ...], tuple[Any, list[list[list[Unit]]]]] = {}
-        self._agreed: set[tuple[int, ...]] = set()
+        self._agreements, self._loaded = Agreements(), 0
         self._given: set[int] = set()
         self._shapes: dict[int, list[tuple[int, ...]]] = {}
         self._partitions = Partitions()
@@ -124,6 +130,13 @@ class Located(Whole):
         flat = entry.param in self._partitions
         return state.setdefault(entry.name, {}) if flat else state
 
+    def _inspect(self, entries: list[Entry], read: bool = True) -> bool:
+        """Compare parameters, settings and replicas with other ranks, and find the gradients; see `Agreements`."""
+        part = tuple(dict.fromkeys(id(entry.param) for entry in entries)) if self._partitions else None
+        settings = {"check_replicas_every": self._check_every, "window_elements": self._window, "loads": self._loaded}
+        due = self._check_every > 0 and (self._steps + 1) % self._check_every == 0
+        return self._agreements.inspect(entries, part, self.replicas.settings | settings, due, read)
+
     def _stepped_together(self, entries: list[Entry]) -> list[list[Entry]]:
         """The parameters in the parts that are planned by themselves: an engine steps flat tensors one by one."""
         if not self._partitions:
@@ -145,5 +158,7 @@ class Located(Whole):
         if tensors not in self._plans or self._plans[tensors][0] != made_of:
             # Parts that are planned by themselves begin with another owner each, or the first would have most matrices.
             turn = self._partitions.number(entries[0].param) if entries else 0
+            while len(self._plans) >= KEPT:  # parameters that are frozen and thawed at random make a new set each time
+                del self._plans[next(iter(self._plans))]
             self._plans[tensors] = made_of, plan_windows(entries, self._window, turn)
         return self._plans[tensors][1]

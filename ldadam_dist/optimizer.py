@@ -12,19 +12,17 @@ from torch.optim import Optimizer
 
 from ldadam_dist import arguments
 from ldadam_dist.adamw import step_vectors
-from ldadam_dist.consistency import check_ranks_agree
 from ldadam_dist.entries import UNUSABLE, Entry, first_matrix, names_of
-from ldadam_dist.gradients import inspect_gradients, warn_skipped
+from ldadam_dist.gradients import warn_skipped
 from ldadam_dist.grouping import as_given, forget_names, inherited, name_alike, regrouped
 from ldadam_dist.in_grad import refuse_replicas
 from ldadam_dist.inspection import Inspectable
 from ldadam_dist.load_checks import check_form, check_own_errors
 from ldadam_dist.lowrank import step_matrices
 from ldadam_dist.plan import WINDOW_ELEMENTS
-from ldadam_dist.replicas import Replicas, check_equal
+from ldadam_dist.replicas import Replicas
 from ldadam_dist.rules import DEFAULT_RANK, dtype_name
-from ldadam_dist.runtime import during, start_anew
-from ldadam_dist.separate import is_fake
+from ldadam_dist.runtime import Presence, during, start_anew
 from ldadam_dist.state import check_own, init_state, own_error, stored_error
 from ldadam_dist.state_dicts import Loading, with_floating_errors
 
@@ -79,8 +77,8 @@ class LDAdamW(Inspectable):
             (docs/sharding.md). The replicas are those of `process_group` or `replicate_mesh`, with an error for each.
         replicate_mesh: with gradient_sync="lowrank", the dimension of a device mesh over which shards on its other
             dimensions are replicas; in the place of `process_group`.
-        check_replicas_every: with gradient_sync="lowrank", after how many steps to compare the weights of all replicas,
-            bit by bit, as before the first; 0 for never again.
+        check_replicas_every: after how many steps to compare the replicas of `process_group` or `replicate_mesh` bit by
+            bit, as at the first: their weights and, with gradient_sync="full", their gradients; 0 for never again.
         communication: how a shared matrix is stepped: "lowrank", on its shards, which exchange low-rank factors;
             "gather", brought to the rank that owns it; "auto", as moves fewer elements. The numbers are the same.
         window_elements: elements of matrices in flight together on a rank; bounds the transient memory of a step.
@@ -97,6 +95,7 @@ class LDAdamW(Inspectable):
 
     _built = False
     """Whether groups that are added come after those of the constructor."""
+    _presence: Presence | None = None
 
     def __init__(
         self,
@@ -132,7 +131,7 @@ class LDAdamW(Inspectable):
         arguments.check_window(window_elements)
         self.replicas, self._window = Replicas.chosen(gradient_sync, process_group, replicate_mesh), window_elements
         refuse_replicas(error_in_grad, self.replicas)
-        self._check_every, self._steps = arguments.checked_interval(check_replicas_every, self.replicas.averaged), 0
+        self._check_every, self._steps = arguments.checked_interval(check_replicas_every, self.replicas.group), 0
         self._forget()
         defaults = dict(
             lr=lr,
@@ -157,7 +156,9 @@ class LDAdamW(Inspectable):
         )
         super().__init__(as_given(params), defaults, error_in_grad)
         self._built = True
-        arguments.check_projects([(e.name, e.param, e.group) for e in self._entries()])
+        entries = list(self._entries())
+        arguments.check_projects([(e.name, e.param, e.group) for e in entries])
+        self._presence = Presence([(e.name, e.shape) for e in entries], self.replicas.group)
         start_anew()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -209,7 +210,6 @@ class LDAdamW(Inspectable):
             forget_names(newly_named)
             raise
         try:
-            self._agreed.clear()
             group = self.param_groups[-1]
             for key in ("error_dtype", "state_dtype"):
                 group[key] = dtype_name(group[key])
@@ -265,24 +265,25 @@ class LDAdamW(Inspectable):
     def _step_all(self) -> None:
         self.attach_found()
         entries = list(self._entries())
+        if self._presence is not None and not self._partitions:
+            self._presence.check(self._steps)
         for entry in entries:
-            arguments.check_grad(entry.name, entry.param)
-            arguments.check_storage(entry.name, entry.adapter.local(entry.param), entry.group["flatten"])
-            arguments.check_unchanged(entry.name, entry.matrices is not None, entry.group, entry.state)
+            try:
+                arguments.check_grad(entry.name, entry.param)
+                arguments.check_storage(entry.name, entry.adapter.local(entry.param), entry.group["flatten"])
+                arguments.check_unchanged(entry.name, entry.matrices is not None, entry.group, entry.state)
+            except ValueError as error:
+                if not entry.adapter.groups:
+                    raise
+                entry.refusal = error  # to be raised when the other ranks, which would wait, know it too
         with self._errors_taken(entries):
             self._take_step(entries)
 
     def _step(self, entries: list[Entry]) -> None:
         """Step what was found usable; collective."""
         with during(lambda: f"compared gradients with others, before the first matrix, {first_matrix(entries)}"):
-            tensors = tuple(dict.fromkeys(id(entry.param) for entry in entries))
-            if tensors not in self._agreed and not any(is_fake(entry.adapter.local(entry.param)) for entry in entries):
-                settings = {"check_replicas_every": self._check_every, "window_elements": self._window}
-                check_ranks_agree(entries, self.replicas.settings | settings)
-                check_equal(entries)
-                self._agreed.add(tensors)
             overflowed = self._partitions.overflowed()
-            unusable = overflowed or inspect_gradients(entries)
+            unusable = overflowed or self._inspect(entries)
         for entry in entries:
             entry.state = self._state_of(entry)
             init_state(entry)
@@ -304,8 +305,6 @@ class LDAdamW(Inspectable):
         step_vectors(vectors)
         self._steps += 1
         self._torn = False
-        if self._check_every and self._steps % self._check_every == 0:
-            check_equal(entries)
 
     def state_dict(self) -> dict[str, Any]:
         """The state as `torch.optim.Optimizer.state_dict`; an error in 8 or 4 bits appears in bfloat16, exactly.
@@ -342,8 +341,7 @@ class LDAdamW(Inspectable):
                 has been loaded then.
         """
         self.attach_found()
-        check_form(state_dict)
-        self._agreed.clear()
+        check_form(state_dict, bool(self._partitions))
         loading = Loading(self._entries_by_param, self._partitions, self._state_of, self._check_settings)
         # As hooks, to see what the user's own hooks make of the state, and to come before those that follow.
         hooks = (
@@ -360,6 +358,7 @@ class LDAdamW(Inspectable):
             for hook in hooks:
                 hook.remove()
         self._torn = False
+        self._loaded += 1
 
     def own_errors(self) -> dict[str, Tensor]:
         """The errors of all replicas, with gradient_sync="lowrank": to be saved beside `state_dict`.

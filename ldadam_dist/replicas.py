@@ -1,12 +1,12 @@
-"""gradient_sync="lowrank": replicas whose gradients nobody has averaged, and what is averaged of them all the same.
+"""Replicas: processes that hold the same weights.
 
-The step averages contractions of matrices (`step`). Here is the rest: the gradients of parameters that AdamW steps, the
-norm to clip by, and whether replicas still have the same weights.
+With gradient_sync="lowrank" nobody has averaged their gradients. The step averages contractions of matrices (`step`).
+Here is the rest: the gradients of parameters that AdamW steps, and whether replicas still have the same weights and,
+where somebody has averaged them, the same gradients.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -103,7 +103,7 @@ class Replicas:
         if self.hooked:
             # What DDP has averaged has the same bits everywhere, and is its own mean. Nothing else tells it: a backward
             # under no_sync, which may be one of some replicas only, or clipping may have changed it since.
-            waiting = [entry for _, _, differ in _differing(waiting, lambda e: e.grad) for entry in differ]
+            waiting = [entry for _, _, differ in _differing(waiting, lambda e: e.grad, _own) for entry in differ]
         for axis, parts in _coalesced(waiting):
             vector = parts[0].grad.contiguous() if len(parts) == 1 else torch.cat([e.grad.reshape(-1) for e in parts])
             reducing = all_reduce(vector.div_(axis.count), axis.group)
@@ -116,29 +116,18 @@ class Replicas:
             for entry, piece in zip(parts, pieces, strict=True):
                 entry.local_grad = piece.view(entry.grad.shape)
 
-    def mean_norm(self, norm: Tensor, norm_type: float) -> Tensor:
-        """(mean ‖Gᵢ‖ᵖ)^(1/p) over replicas with gradients of their own: at least the norm of the mean gradient.
 
-        Args:
-            norm: (), that of this replica.
-            norm_type: p ≥ 1, may be infinity.
-        """
-        if self.averaged:
-            return norm
-        if math.isinf(norm_type):
-            return maxima(norm.clone(), self.group)
-        power = (norm.double() ** norm_type).reshape(1)
-        finish(all_reduce(power.div_(len(ranks_of(self.group))), self.group))
-        return (power[0] ** (1 / norm_type)).to(norm.dtype)
-
-
-def check_equal(entries: Iterable[Entry]) -> None:
-    """Raise RuntimeError if replicas with gradients of their own do not have the same weights, bit by bit; collective.
+def check_equal(entries: Sequence[Entry]) -> None:
+    """Raise RuntimeError if replicas do not have the same weights, bit by bit, or averaged gradients; collective.
 
     Args:
-        entries: all parameters.
+        entries: parameters, with their gradients.
     """
-    for axis, members, differ in _differing(entries, lambda entry: entry.adapter.local(entry.param)):
+
+    def weight(entry: Entry) -> Tensor:
+        return entry.adapter.local(entry.param)
+
+    for axis, members, differ in (*_differing(entries, weight, _own), *_differing(entries, weight, _averaged)):
         if differ:
             raise RuntimeError(
                 f"replicas on ranks {ranks_of(axis.group)} differ in {len(differ)} of {len(members)} weights, first in "
@@ -146,16 +135,50 @@ def check_equal(entries: Iterable[Entry]) -> None:
                 f"(DistributedDataParallel and torch.distributed.broadcast see to it), and nothing but the optimizer "
                 f"may change them."
             )
+    for axis, members, candidates in _differing(entries, lambda entry: entry.grad, _averaged):
+        differ = [entry for entry in candidates if _spread(entry.grad, axis) > TOLERANCE * _epsilon(entry)]
+        if differ:
+            raise RuntimeError(
+                f"replicas on ranks {ranks_of(axis.group)} differ in {len(differ)} of {len(members)} gradients, first "
+                f"in that of {differ[0].name}: expected averaged gradients, as process_group= says. Wrap the model in "
+                f"DistributedDataParallel, end no_sync() before the last backward of a step, or average gradients "
+                f"yourself; with gradient_sync='lowrank' LDAdamW averages. To train replicas apart (LocalSGD), leave "
+                f"process_group= out."
+            )
+
+
+TOLERANCE = 16
+"""Rounding errors, of the largest element, by which averaged gradients may differ, as when ranks of different hardware
+have clipped them."""
+
+
+def _own(entry: Entry) -> Axis | None:
+    return entry.adapter.sync
+
+
+def _averaged(entry: Entry) -> Axis | None:
+    return entry.adapter.alike
+
+
+def _epsilon(entry: Entry) -> float:
+    return torch.finfo(entry.grad.dtype).eps
+
+
+def _spread(grad: Tensor, axis: Axis) -> float:
+    """How far an element is apart on two replicas, at most, in parts of the largest; collective."""
+    largest, negated_smallest = maxima(torch.stack([grad, -grad]), axis.group).unbind()
+    return float((largest + negated_smallest).max() / torch.maximum(largest, negated_smallest).max())
 
 
 def _differing(
-    entries: Iterable[Entry], tensor_of: Callable[[Entry], Tensor]
+    entries: Iterable[Entry], tensor_of: Callable[[Entry], Tensor], axis_of: Callable[[Entry], Axis | None]
 ) -> Iterator[tuple[Axis, list[Entry], list[Entry]]]:
     """For each axis of replicas its entries, and those of which its replicas do not have the same bits; collective."""
     shared: dict[Axis, list[Entry]] = {}
     for entry in entries:
-        if entry.adapter.sync is not None:
-            shared.setdefault(entry.adapter.sync, []).append(entry)
+        axis = axis_of(entry)
+        if axis is not None:
+            shared.setdefault(axis, []).append(entry)
     for axis, members in shared.items():
         prints = torch.stack([_fingerprint(tensor_of(entry)) for entry in members])
         largest, negated_smallest = maxima(torch.cat([prints, -prints]), axis.group).chunk(2)

@@ -27,15 +27,16 @@ def build(layout: str, **settings: Any) -> tuple[nn.Module, LDAdamW, int, int]:
     """A model, its optimizer, the number of this replica and of all; "one", "lowrank", "full" or "hsdp"."""
     model, world = models.tiny_llama(), dist.get_world_size() if dist.is_initialized() else 1
     options = SETTINGS | settings
+    params = [{"params": list(model.named_parameters()), "rank": 4}]
     if layout == "hsdp":
         mesh = init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("replicate", "shard"))
         fully_shard(model, mesh=mesh["shard"])
         options |= dict(gradient_sync="lowrank", replicate_mesh=mesh["replicate"])
-        return model, LDAdamW(model.named_parameters(), **options), mesh["replicate"].get_local_rank(), world // 2
+        return model, LDAdamW(params, **options), mesh["replicate"].get_local_rank(), world // 2
     if layout != "one":
         options |= dict(gradient_sync=layout, process_group=dist.group.WORLD)
     number = dist.get_rank() if layout != "one" else 0
-    return model, LDAdamW(model.named_parameters(), **options), number, world if layout != "one" else 1
+    return model, LDAdamW(params, **options), number, world if layout != "one" else 1
 
 
 def train(model: nn.Module, optimizer: LDAdamW, number: int, count: int, steps: range) -> None:
@@ -273,10 +274,10 @@ def bytes_of_a_step(shape: tuple[int, int], rank: int) -> tuple[int, int]:
 
 
 def test_a_step_moves_factors_and_never_a_matrix() -> None:
-    """3·m·r + 5·r·n, where an all-reduce of the gradient counts 2·m·n."""
+    """3·m·r + 5·r·n, and r + 1 sizes, where an all-reduce of the gradient counts 2·m·n."""
     m, n, r = 48, 96, 4
     for elements, wire_bytes in run_ranks(2, bytes_of_a_step, (m, n), r):
-        assert elements == 3 * m * r + 5 * r * n
+        assert elements == 3 * m * r + 5 * r * n + r + 1
         assert wire_bytes == 4 * elements
 
 

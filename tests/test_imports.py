@@ -52,7 +52,9 @@ ALLOWED = {
     "dcp_files": {"zero_files"},
     "convert": {"parsing", "dcp_files", "zero_files", "universal", "packing", "rules"},
     "adamw": {"entries", "rounding", "rules", "separate"},
-    "gradients": {"entries", "runtime", "separate"},
+    "gradients": {"consistency", "entries", "runtime", "separate"},
+    "agreement": {"consistency", "entries", "gradients", "replicas", "separate"},
+    "clipping": {"adapters", "entries", "in_grad", "runtime"},
     "grouping": {"entries", "rules"},
     "error_buffers": {"entries", "separate"},
     "in_grad": {"error_buffers", "entries", "located", "replicas", "rules", "separate"},
@@ -62,7 +64,8 @@ ALLOWED = {
     "state_dicts": {"arguments", "entries", "load_checks", "partitions", "state"},
     "replicas": {"entries", "layout", "runtime"},
     "located": {
-        *("arguments", "adapters", "entries", "lowrank", "partitions", "plan", "replicas", "rules", "whole"),
+        *("arguments", "adapters", "agreement", "consistency", "entries", "lowrank", "partitions", "plan"),
+        *("replicas", "rules", "whole"),
     },
     "placement": {"entries", "state", "plan", "costs", "layout", "quantized", "rules", "tables"},
     "lowrank": {
@@ -87,7 +90,7 @@ ALLOWED = {
         ),
         *("adamw", "lowrank", "plan", "replicas", "runtime", "separate"),
     },
-    "__init__": {"_version", "in_grad", "optimizer", "param_groups", "traffic"},
+    "__init__": {"_version", "clipping", "optimizer", "param_groups", "traffic"},
     "cli": {
         *("_version", "adapters", "convert", "curves", "network", "optimizer", "param_groups", "partitions"),
         *("placement", "plan", "preflight", "quantized", "rules", "selection", "tables"),

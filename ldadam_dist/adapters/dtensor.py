@@ -8,21 +8,17 @@ the mesh, and every mesh dimension cuts each of them.
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Placement, Shard
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
+from ldadam_dist.adapters.meshes import MeshDims, check_regular, make_axis, with_replicas
 from ldadam_dist.adapters.placements import check_part, mesh_dims_by_tensor_dim
-from ldadam_dist.layout import WHOLE, Axis, Bounds, MatrixLayout, cut
-
-MeshDims = tuple[int, ...]
-"""Mesh dimensions that cut one tensor dimension, the outermost cut first."""
+from ldadam_dist.layout import Axis, Bounds, MatrixLayout, cut
 
 
 class MeshAdapter:
@@ -45,12 +41,14 @@ class MeshAdapter:
         present: whether this process takes part in its steps, be it with an empty shard.
         cut: no row is cut.
         averaged_in_backward: nobody writes averages into gradients.
+        alike: the processes that hold this plain parameter and, as somebody has averaged it, the same gradient.
     """
 
     sharded = True
     present = True
     cut = None
     averaged_in_backward = False
+    alike: Axis | None = None
 
     def __init__(
         self,
@@ -63,7 +61,7 @@ class MeshAdapter:
     ) -> None:
         self.mesh, self.stack, self.rows, self.columns = mesh, stack, rows, columns
         self.replicas, self._sync = replicas, sync
-        _check_regular(mesh)
+        check_regular(mesh)
         self.copies = math.prod(mesh.size(d) for d in replicas)
         self.device = torch.device(mesh.device_type)
         self.groups = tuple((mesh.get_group(d), self.device) for d in range(mesh.ndim))
@@ -71,7 +69,7 @@ class MeshAdapter:
         # Made here, whichever side will be projected: ranks whose settings differ must not wait for each other yet.
         alike = replicas + sync
         cutting = (rows, columns, rows + alike, columns + alike, replicas, sync)
-        self._axes = {dims: _make_axis(mesh, dims) for dims in cutting}
+        self._axes = {dims: make_axis(mesh, dims) for dims in cutting}
 
     @classmethod
     def of_dtensor(cls, param: Any, name: str, flatten: bool, sync_group: Any | None = None) -> MeshAdapter:
@@ -87,7 +85,7 @@ class MeshAdapter:
         """
         mesh, sync = param.device_mesh, cast(MeshDims, ())
         if sync_group is not None:  # it comes last, so that the parameter's own mesh dimensions keep their numbers
-            mesh, sync = _with_replicas(mesh, sync_group, name), (mesh.ndim,)
+            mesh, sync = with_replicas(mesh, sync_group, name), (mesh.ndim,)
         try:
             cuts, replicas = mesh_dims_by_tensor_dim(param.placements, mesh.shape, param.ndim)
         except ValueError as error:
@@ -112,13 +110,27 @@ class MeshAdapter:
     def of_replicas(cls, param: Tensor, process_group: Any, averaged: bool) -> MeshAdapter:
         """The adapter of a plain parameter that every process of `process_group` holds whole; see `adapter_for`."""
         mesh = DeviceMesh.from_group(process_group, param.device.type)
-        return cls(mesh, replicas=(0,)) if averaged else cls(mesh, sync=(0,))
+        if not averaged:
+            return cls(mesh, sync=(0,))
+        made = cls(mesh, replicas=(0,))
+        made.alike = made._axes[(0,)] if mesh.size() > 1 else None
+        return made
 
     @property
     def sync(self) -> Axis | None:
         """The processes that hold the same weights as this one and gradients of their own, if there are any."""
         axis = self._axes[self._sync]
         return axis if axis.count > 1 else None
+
+    def reductions(self) -> tuple[str, ...]:
+        """What a norm makes of its processes' sums over elements, by `groups`: "sum", "max" (copies) or "mean"."""
+        return tuple(
+            "max" if d in self.replicas else "mean" if d in self._sync else "sum" for d in range(self.mesh.ndim)
+        )
+
+    def replicated(self, scalar: Tensor) -> DTensor:
+        """What all processes of the mesh have alike."""
+        return DTensor.from_local(scalar, self.mesh, [Replicate()] * self.mesh.ndim, run_check=False)
 
     def layout(self, rows: int, columns: int, side: str, rank: int) -> MatrixLayout:
         """Layout of a (rows, columns) matrix of which `side` is projected onto `rank` directions."""
@@ -328,69 +340,3 @@ def _from_local(local: Tensor, shape: Sequence[int], mesh: DeviceMesh, placement
     # An uneven shard does not tell the global shape: it must be given.
     stride = tuple(math.prod(max(length, 1) for length in shape[dim + 1 :]) for dim in range(len(shape)))
     return DTensor.from_local(local, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
-
-
-def _with_replicas(mesh: DeviceMesh, group: Any, name: str) -> DeviceMesh:
-    """A mesh with one dimension more, over the processes of a group that have the same place in meshes like it."""
-    ranks, here = torch.tensor(dist.get_process_group_ranks(group)), dist.get_rank()
-    whole = mesh.mesh[..., None] + (ranks - here)
-    if len(whole.unique()) < whole.numel() or bool((whole < 0).any()):
-        raise ValueError(
-            f"parameter {name} lies on a mesh of ranks {mesh.mesh.flatten().tolist()}, and its replicas on ranks "
-            f"{ranks.tolist()}: expected that they share this rank only. With gradient_sync='lowrank' give fully_shard "
-            f"the mesh of the shards, mesh['shard'], and LDAdamW that of the replicas, "
-            f"replicate_mesh=mesh['replicate']."
-        )
-    groups = [*(mesh.get_group(d) for d in range(mesh.ndim)), group]
-    names = (*(mesh.mesh_dim_names or (f"dim_{d}" for d in range(mesh.ndim))), "replicate")
-    return DeviceMesh.from_group(groups, mesh.device_type, mesh=whole, mesh_dim_names=names)
-
-
-def _check_regular(mesh: DeviceMesh) -> None:
-    """Owners are found by their ranks in groups, which are sorted: every slice of the mesh must be sorted alike."""
-    ranks = mesh.mesh
-    first = ranks.flatten()[0]
-    regular = torch.full_like(ranks, int(first))
-    for dim in range(mesh.ndim):
-        line = ranks.movedim(dim, -1).reshape(-1, mesh.size(dim))[0] - first
-        if (line.diff() <= 0).any():
-            break
-        regular += line.view([-1 if d == dim else 1 for d in range(mesh.ndim)])
-    else:
-        if torch.equal(ranks, regular):
-            return
-    raise ValueError(
-        f"a mesh {tuple(ranks.shape)} of ranks {ranks.flatten()[:16].tolist()}... is irregular: expected ranks that "
-        f"rise along every dimension, by the same amounts in every slice. Use init_device_mesh, or slices of its mesh."
-    )
-
-
-def _make_axis(mesh: DeviceMesh, dims: MeshDims) -> Axis:
-    """The group of the processes that differ in these mesh dimensions only."""
-    dims = tuple(d for d in dims if mesh.size(d) > 1)
-    cuts = tuple(mesh.size(d) for d in dims)
-    if not dims:
-        return WHOLE
-    if len(dims) == 1:
-        return Axis(cuts, mesh.get_local_rank(dims[0]), mesh.get_group(dims[0]))
-    here = [slice(None) if d in dims else mesh.get_local_rank(d) for d in range(mesh.ndim)]
-    block = mesh.mesh[tuple(here)]  # its dimensions in the order of the mesh
-    in_order = block.permute([sorted(dims).index(d) for d in dims]).flatten().tolist()
-    ranks = sorted(in_order)  # as a group numbers them
-    order = tuple(in_order.index(rank) for rank in ranks)
-    index = ranks.index(dist.get_rank())
-    return Axis(cuts, index, _joint_group(tuple(ranks)), None if in_order == ranks else order)
-
-
-_joint_groups: weakref.WeakKeyDictionary[Any, dict[tuple[int, ...], Any]] = weakref.WeakKeyDictionary()
-"""Groups over several mesh dimensions, by the world they belong to and their ranks: each has a communicator."""
-
-
-def _joint_group(ranks: tuple[int, ...]) -> Any:
-    world = dist.group.WORLD
-    if len(ranks) == dist.get_world_size():
-        return world
-    groups = _joint_groups.setdefault(world, {})
-    if ranks not in groups:
-        groups[ranks] = dist.new_group(list(ranks), use_local_synchronization=True)
-    return groups[ranks]

@@ -70,6 +70,7 @@ class FlatAdapter:
     copies = 1
     averaged_in_backward = False
     sync: Axis | None = None
+    alike: Axis | None = None
 
     def __init__(
         self, flat: Tensor, elements: FlatRange, ranks: Sequence[int], group: Any, device: torch.device, columns: int
@@ -157,6 +158,10 @@ class FlatAdapter:
     def local(self, tensor: Tensor) -> Tensor:
         """The elements of the parameter on this process, as a matrix if they are whole rows; a state as it is."""
         return self._run(tensor.detach()) if tensor is self._flat else tensor.detach()
+
+    def reductions(self) -> tuple[str, ...]:
+        """What becomes of sums over elements on other processes; see `MeshAdapter.reductions`."""
+        return ("sum",)
 
     def as_grad(self, error: Tensor, param: Tensor) -> Tensor:
         """Never asked: an engine's flat tensors have no errors in their gradients."""

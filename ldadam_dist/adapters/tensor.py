@@ -24,6 +24,7 @@ class TensorAdapter:
         present: whether this process takes part in its steps.
         cut: how its rows are cut, if they are.
         sync: who has the same weights and gradients of its own: nobody.
+        alike: who has the same weights and, as somebody has averaged them, the same gradients: nobody.
     """
 
     groups: tuple[tuple[Any, torch.device], ...] = ()
@@ -32,6 +33,7 @@ class TensorAdapter:
     present = True
     cut: RowCut | None = None
     sync: Axis | None = None
+    alike: Axis | None = None
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -40,6 +42,10 @@ class TensorAdapter:
     def averaged_in_backward(self) -> bool:
         """Whether DDP may write the average of all processes into gradients at the end of a backward."""
         return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+    def reductions(self) -> tuple[str, ...]:
+        """What becomes of sums over elements on other processes; see `MeshAdapter.reductions`."""
+        return ()
 
     def as_grad(self, error: Tensor, param: Tensor) -> Tensor:
         """The error as a gradient of the parameter: the same tensor, or a view for what is flattened to a matrix."""

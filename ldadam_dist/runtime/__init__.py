@@ -12,10 +12,12 @@ from ldadam_dist.runtime.collectives import (
     ranks_of,
 )
 from ldadam_dist.runtime.failures import collective, during, finish, listed, start_anew
+from ldadam_dist.runtime.presence import Presence
 from ldadam_dist.runtime.schedule import Job, run
 
 __all__ = [
     "Job",
+    "Presence",
     "agree",
     "all_reduce",
     "collective",
