@@ -77,7 +77,9 @@ def regrouped(state_dict: dict[str, Any], groups: Sequence[Mapping[str, Any]]) -
     saved = state_dict["param_groups"]
     if [len(group["params"]) for group in saved] == [len(group["params"]) for group in groups]:
         return state_dict
-    if not all(len(group.get("param_names", ())) == len(group["params"]) for group in [*saved, *groups]):
+    if not all(
+        "param_names" in group and len(group["param_names"]) == len(group["params"]) for group in (*saved, *groups)
+    ):
         return state_dict  # torch says what differs
     place = {name: (group, n) for group in saved for name, n in zip(group["param_names"], group["params"], strict=True)}
     if place.keys() != {name for group in groups for name in group["param_names"]}:

@@ -21,18 +21,18 @@ none."""
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def check_form(state_dict: Any, flattened: bool = False) -> None:
+def check_form(state_dict: Any, groups: Sequence[Mapping[str, Any]]) -> None:
     """Raise ValueError if this is not {"state": {...}, "param_groups": [{"params": [...]}, ...]}.
 
     Args:
         state_dict: what is to be loaded.
-        flattened: whether an engine has put one flat tensor in the place of a group's parameters, which keep their
-            names there.
+        groups: the optimizer's. An engine may have put a flat tensor in the place of parameters, whose names stay.
     """
     kinds = (("state", Mapping), ("param_groups", Sequence))
     if not isinstance(state_dict, Mapping) or not all(isinstance(state_dict.get(key), kind) for key, kind in kinds):
         found = list(state_dict) if isinstance(state_dict, Mapping) else type(state_dict).__name__
         raise ValueError(f"the state dict is {found}: expected 'state' and 'param_groups', as state_dict() gives them.")
+    flattened = any(len(group.get("param_names", group["params"])) != len(group["params"]) for group in groups)
     seen: set[Any] = set()
     for number, group in enumerate(state_dict["param_groups"]):
         params = group.get("params") if isinstance(group, Mapping) else None
@@ -127,7 +127,7 @@ def check_values(name: str, entry: Entry, state: Mapping[str, Any], keys: Sequen
             f"the state of parameter {name} has {strange[0]!r}, which only a matrix that is projected has: this "
             f"optimizer steps it by AdamW. Build the optimizer with the groups that the state was saved with."
         )
-    if SCALE in state:
+    if SCALE in state and state[SCALE] != {}:  # which torch puts for what a flattened state dict does not have
         raise ValueError(
             f"the state of parameter {name} has {SCALE!r}: expected floating errors and no scales, as state_dict() "
             f"gives them. Save state_dict(), not state."

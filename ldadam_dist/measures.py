@@ -15,11 +15,19 @@ MEASURES = ("accumulated", "low_rank_grad", "error", "update", "overlap", "ortho
 
 def squares(matrices: Tensor | Separate) -> Tensor:
     """(b,), the sum of the squares of each matrix (m, n)."""
-    if isinstance(matrices, Tensor):
+    if isinstance(matrices, Tensor) and not (matrices.device.type == "cpu" and matrices.is_contiguous()):
         norms: Tensor = torch.linalg.vector_norm(matrices, dim=(-2, -1))
-    else:
-        norms = torch.stack([torch.linalg.vector_norm(matrix) for matrix in matrices])
-    return norms.square()
+        return norms.square()
+    return torch.stack([_square(matrix) for matrix in matrices])
+
+
+def _square(matrix: Tensor) -> Tensor:
+    """On the host a product with itself takes a quarter of the time of a norm."""
+    if matrix.device.type == "cpu" and matrix.is_contiguous():
+        elements = matrix.view(-1)
+        return torch.dot(elements, elements)
+    norm: Tensor = torch.linalg.vector_norm(matrix)
+    return norm.square()
 
 
 def summed(parts: Tensor, layout: MatrixLayout) -> Exchange:

@@ -341,7 +341,7 @@ class LDAdamW(Inspectable):
                 has been loaded then.
         """
         self.attach_found()
-        check_form(state_dict, bool(self._partitions))
+        check_form(state_dict, self.param_groups)
         loading = Loading(self._entries_by_param, self._partitions, self._state_of, self._check_settings)
         # As hooks, to see what the user's own hooks make of the state, and to come before those that follow.
         hooks = (

@@ -77,7 +77,7 @@ class Loading:
         Raises:
             ValueError: a state or a group that does not fit.
         """
-        check_form(saved)
+        check_form(saved, optimizer.param_groups)
         here, groups = optimizer.param_groups, saved["param_groups"]
         if [len(group["params"]) for group in groups] != [len(group["params"]) for group in here]:
             return saved  # torch says what differs
