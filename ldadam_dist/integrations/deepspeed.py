@@ -10,6 +10,7 @@ import inspect
 import sys
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import deepspeed
@@ -127,7 +128,7 @@ def _attach(engine: Any) -> ZeroLayout:
     except (AttributeError, KeyError, TypeError) as error:
         raise unknown_layout(f"{type(error).__name__}: {error}") from error
     found = optimizer.attach_partitions(layout.partitions, layout.overflowed)
-    layout.refuse_states()
+    layout.answer_for_states(partial(optimizer._entries, whole_engine=True))
     _checkpoints(engine, optimizer).attached(layout, FlatForm(layout.partitions, found))
     return layout
 

@@ -18,8 +18,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ldadam_dist.adapters.flat import FlatRange
+from ldadam_dist.entries import Entry
 from ldadam_dist.gradients import largest_gradient
-from ldadam_dist.integrations.zero_access import is_where_the_engine_writes, refuse_states, was_set
+from ldadam_dist.integrations.zero_access import answer_for_states, is_where_the_engine_writes, was_set
 from ldadam_dist.partitions import FlatParam, FlatPartition
 from ldadam_dist.runtime import agree
 
@@ -177,9 +178,9 @@ class ZeroLayout:
             for partition in self.partitions
         ]
 
-    def refuse_states(self) -> None:
-        """Have DeepSpeed refuse to look for the states of LDAdamW by itself; see `zero_access`."""
-        refuse_states(self._zero, [weights.param for weights in self._weights])
+    def answer_for_states(self, entries: Callable[[], Iterable[Entry]]) -> None:
+        """Have DeepSpeed's functions ask LDAdamW for its states; see `zero_access`."""
+        answer_for_states(self._zero, {weights.param: weights.name for weights in self._weights}, entries)
 
     def verify(self) -> None:
         """Compare the master weights with the engine's weights, element by element where they are said to be.
