@@ -133,7 +133,7 @@ class Located(Whole):
     def _inspect(self, entries: list[Entry], read: bool = True) -> bool:
         """Compare parameters, settings and replicas with other ranks, and find the gradients; see `Agreements`."""
         part = tuple(dict.fromkeys(id(entry.param) for entry in entries)) if self._partitions else None
-        settings = {"check_replicas_every": self._check_every, "window_elements": self._window, "loads": self._loaded}
+        settings = {"loads": self._loaded, "check_replicas_every": self._check_every, "window_elements": self._window}
         due = self._check_every > 0 and (self._steps + 1) % self._check_every == 0
         return self._agreements.inspect(entries, part, self.replicas.settings | settings, due, read)
 

@@ -136,7 +136,8 @@ def check_equal(entries: Sequence[Entry]) -> None:
                 f"may change them."
             )
     for axis, members, candidates in _differing(entries, lambda entry: entry.grad, _averaged):
-        differ = [entry for entry in candidates if _spread(entry.grad, axis) > TOLERANCE * _epsilon(entry)]
+        present = _present(candidates, axis)
+        differ = [entry for entry in present if _spread(entry.grad, axis) > TOLERANCE * _epsilon(entry)]
         if differ:
             raise RuntimeError(
                 f"replicas on ranks {ranks_of(axis.group)} differ in {len(differ)} of {len(members)} gradients, first "
@@ -158,6 +159,15 @@ def _own(entry: Entry) -> Axis | None:
 
 def _averaged(entry: Entry) -> Axis | None:
     return entry.adapter.alike
+
+
+def _present(entries: Sequence[Entry], axis: Axis) -> list[Entry]:
+    """Those that have a gradient on all replicas; a missing one counts as zeros, no mistake. Collective."""
+    if not entries:
+        return []
+    missing = torch.tensor([entry.local_grad is None for entry in entries], dtype=torch.int32)
+    anywhere = maxima(missing.to(entries[0].adapter.device), axis.group).tolist()
+    return [entry for entry, lacks in zip(entries, anywhere, strict=True) if not lacks]
 
 
 def _epsilon(entry: Entry) -> float:
