@@ -108,7 +108,7 @@ class Engine(ABC):
 class TorchEngine(Engine):
     """FSDP2, DDP or one device; its checkpoints load on any number of ranks."""
 
-    def __init__(self, model: LlamaForCausalLM, config: Config, world: World) -> None:
+    def __init__(self, model: LlamaForCausalLM, config: Config, world: World, saved_groups: int | None = None) -> None:
         super().__init__(model, config, world)
         self.parallel = resolve_parallel(config.model, world)
         self.autocast = self.bf16 and self.parallel != "fsdp"  # under FSDP2 the mixed-precision policy does it
@@ -121,7 +121,7 @@ class TorchEngine(Engine):
             replicas = {"replicate_mesh": mesh["replicate"]}
         elif lowrank:
             replicas = {"process_group": self.module.process_group}
-        self.optimizer = build_optimizer(self.module, config.optimizer, **replicas)
+        self.optimizer = build_optimizer(self.module, config.optimizer, saved_groups, **replicas)
         if isinstance(self.module, DistributedDataParallel) and lowrank:
             keep_matrices_local(self.module, self.optimizer)
         self.clip, self.error_in_grad = config.optimizer.clip, config.optimizer.error_in_grad

@@ -14,15 +14,14 @@ from torch.optim.lr_scheduler import LambdaLR
 from launch.config import ConfigError, OptimizerOptions
 
 
-def build_optimizer(model: nn.Module, options: OptimizerOptions, **replicas: Any) -> torch.optim.Optimizer:
-    """The optimizer; `replicas` tells LDAdamW of those whose gradients it averages."""
-    from ldadam_dist import LDAdamW, build_param_groups
+def build_optimizer(
+    model: nn.Module, options: OptimizerOptions, saved_groups: int | None = None, **replicas: Any
+) -> torch.optim.Optimizer:
+    """The optimizer; `replicas` tells LDAdamW of those whose gradients it averages; the rest as in `build_groups`."""
+    from ldadam_dist import LDAdamW
 
-    module = model.module if isinstance(model, DistributedDataParallel) else model
     try:
-        groups = build_param_groups(
-            module, rank=options.rank, lr=options.lr, lr_other=options.lr_other, weight_decay=options.weight_decay
-        )
+        groups = build_groups(model, options, saved_groups)
         if options.optimizer == "adamw":
             kept = ("params", "lr", "weight_decay")
             groups = [{key: group[key] for key in kept} for group in groups]
@@ -48,6 +47,37 @@ def build_optimizer(model: nn.Module, options: OptimizerOptions, **replicas: Any
         )
     except ValueError as error:
         raise ConfigError(f"optimizer={options.optimizer}: {error}") from error
+
+
+def build_groups(model: nn.Module, options: OptimizerOptions, saved_groups: int | None) -> list[dict[str, Any]]:
+    """The groups of a run.
+
+    Args:
+        model: to be trained.
+        options: the run's.
+        saved_groups: how many groups the checkpoint has that is resumed. Earlier versions had parameters that never
+            decay in one group with others if the weight decay was 0.
+    """
+    from ldadam_dist import build_param_groups
+
+    module = model.module if isinstance(model, DistributedDataParallel) else model
+    groups = build_param_groups(
+        module, rank=options.rank, lr=options.lr, lr_other=options.lr_other, weight_decay=options.weight_decay
+    )
+    return _merged(groups) if saved_groups is not None and len(groups) > saved_groups else groups
+
+
+def _merged(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Groups with the same settings made one."""
+    found: list[dict[str, Any]] = []
+    for group in groups:
+        alike = (other for other in found if {**other, "params": None} == {**group, "params": None})
+        first = next(alike, None)
+        if first is None:
+            found.append({**group, "params": list(group["params"])})
+        else:
+            first["params"] += group["params"]
+    return found
 
 
 def lr_factor(step: int, *, steps: int, warmup_steps: int, min_lr_ratio: float) -> float:

@@ -59,8 +59,11 @@ class Trainer:
         self.validation_data: np.ndarray = validation_sequences(config.data, source, encoder, world)
         self.held_out = hashlib.sha256(np.ascontiguousarray(self.validation_data)).hexdigest()
         model = build_model(config, encoder)
+        groups = len(saved["scheduler"]["base_lrs"]) if saved else None
         self.engine: Engine = (
-            ZeroEngine(model, config, self.zero, world, crosses) if self.zero else TorchEngine(model, config, world)
+            ZeroEngine(model, config, self.zero, world, crosses, groups)
+            if self.zero
+            else TorchEngine(model, config, world, groups)
         )
         self.scheduler = build_scheduler(self.engine.optimizer, config.optimizer, config.run.steps)
         run = config.run

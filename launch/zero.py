@@ -22,7 +22,7 @@ from transformers import LlamaForCausalLM
 from launch.config import Config, ConfigError, expect
 from launch.distributed import World
 from launch.engine import Engine, Update, uses_bf16
-from launch.optim import build_optimizer
+from launch.optim import build_groups, build_optimizer
 
 TAG = "zero"
 """Folder of DeepSpeed's files within a checkpoint."""
@@ -45,10 +45,17 @@ class ZeroEngine(Engine):
     Args:
         settings: from `zero_settings`.
         universal: whether a universal checkpoint is going to be loaded.
+        saved_groups: as in `build_groups`.
     """
 
     def __init__(
-        self, model: LlamaForCausalLM, config: Config, settings: dict[str, Any], world: World, universal: bool
+        self,
+        model: LlamaForCausalLM,
+        config: Config,
+        settings: dict[str, Any],
+        world: World,
+        universal: bool,
+        saved_groups: int | None = None,
     ) -> None:
         super().__init__(model, config, world)
         self._universal = universal
@@ -63,9 +70,10 @@ class ZeroEngine(Engine):
         settings["checkpoint"]["load_universal"] = universal
         try:
             if config.optimizer.optimizer == "ldadamw":
-                self.module, *_ = initialize(model=model, model_parameters=list(model.parameters()), config=settings)
+                params = build_groups(model, config.optimizer, saved_groups)
+                self.module, *_ = initialize(model=model, model_parameters=params, config=settings)
             else:
-                optimizer = build_optimizer(model, config.optimizer)
+                optimizer = build_optimizer(model, config.optimizer, saved_groups)
                 self.module, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
         except ValueError as error:
             raise ConfigError(f"deepspeed={config.model.deepspeed}: {error}") from error

@@ -98,8 +98,8 @@ def check_group(group: Mapping[str, Any]) -> None:
 def check_settings(group: Mapping[str, Any]) -> None:
     """Raise ValueError for a value of a complete parameter group that is out of its range."""
     _check_number("lr", group["lr"], 0.0, math.inf, tensor=True)
-    for key in ("lr_scale", "eps", "weight_decay"):
-        _check_number(key, group[key], 0.0, math.inf)
+    for key, value in (("lr_scale", group.get("lr_scale", 1.0)), *((k, group[k]) for k in ("eps", "weight_decay"))):
+        _check_number(key, value, 0.0, math.inf)
     betas = group["betas"]
     if not isinstance(betas, Sequence) or len(betas) != 2:
         raise ValueError(f"betas={betas!r}: expected two numbers in [0, 1), such as (0.908, 0.99).")
@@ -355,7 +355,7 @@ def _check_number(name: str, value: Any, low: float, high: float, tensor: bool =
 
 def plain_numbers(group: dict[str, Any]) -> None:
     """Make what is a number of another library, such as numpy's, one of Python's, as checkpoints and kernels need."""
-    for key in ("lr", "lr_scale", "eps", "weight_decay", "rho"):
+    for key in {"lr", "lr_scale", "eps", "weight_decay", "rho"} & group.keys():
         if not isinstance(group[key], (int, float, Tensor)):
             group[key] = float(group[key])
     if not all(isinstance(beta, (int, float, Tensor)) for beta in group["betas"]):

@@ -20,7 +20,7 @@ from ldadam_dist.runtime import agree, gather_objects, ranks_of
 
 _SETTINGS = (
     "rank proj_type proj_method projector_init error_feedback error_dtype state_dtype stochastic_rounding "
-    "enable_lowrank flatten communication metrics_every lr lr_scale betas eps weight_decay rho"
+    "enable_lowrank flatten communication metrics_every lr betas eps weight_decay rho"
 ).split()
 
 
@@ -132,6 +132,7 @@ def _first_difference(lines: list[str], group: Any) -> str | None:
 def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
     settings = {key: group[key] for key in _SETTINGS}
     settings["lr"] = float(settings["lr"])
+    settings["lr_scale"] = float(group.get("lr_scale", 1.0))
     settings["betas"] = tuple(float(beta) for beta in settings["betas"])
     return settings
 

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ldadam_dist.entries import names_of
+from ldadam_dist.load_checks import names_of_more
 from ldadam_dist.rules import unprojected
 
 _OWN = frozenset({"params", "param_names", "lr", "lr_scale", "initial_lr", "weight_decay", "enable_lowrank", "flatten"})
@@ -76,7 +77,11 @@ def regrouped(state_dict: dict[str, Any], groups: Sequence[Mapping[str, Any]]) -
     """
     saved = state_dict["param_groups"]
     if [len(group["params"]) for group in saved] == [len(group["params"]) for group in groups]:
-        return state_dict
+        both = list(zip(saved, groups, strict=True))
+        if not any(names_of_more(*pair) for pair in both):
+            return state_dict
+        own = [{**s, "param_names": list(g["param_names"])} if names_of_more(s, g) else s for s, g in both]
+        return {**state_dict, "param_groups": own}
     if not all(
         "param_names" in group and len(group["param_names"]) == len(group["params"]) for group in (*saved, *groups)
     ):

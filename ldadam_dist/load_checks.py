@@ -39,7 +39,8 @@ def check_form(state_dict: Any, groups: Sequence[Mapping[str, Any]]) -> None:
         if not isinstance(params, Sequence):
             raise ValueError(f"group {number} of the saved state has no list 'params': expected that of state_dict().")
         names = group.get("param_names", params)
-        if len(names) != len(params) and not flattened:
+        mine = groups[number] if number < len(groups) else {}
+        if len(names) != len(params) and not flattened and not names_of_more(group, mine):
             raise ValueError(
                 f"group {number} of the saved state has {len(names)} 'param_names' for {len(params)} 'params': "
                 f"expected one for each. Save state_dict() again."
@@ -51,6 +52,19 @@ def check_form(state_dict: Any, groups: Sequence[Mapping[str, Any]]) -> None:
                     f"each parameter once. Save state_dict() again."
                 )
             seen.add(param)
+
+
+def names_of_more(saved: Mapping[str, Any], group: Mapping[str, Any]) -> bool:
+    """Whether a saved group has the names of these parameters and of others that were in one group with them.
+
+    torch's flattened state dicts keep a group's settings by parameter, so that it can be taken apart.
+    """
+    names = group.get("param_names")
+    return (
+        names is not None
+        and len(names) == len(saved["params"]) == len(group["params"])
+        and set(names) < set(saved.get("param_names", ()))
+    )
 
 
 def checked_group(

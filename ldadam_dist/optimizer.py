@@ -135,7 +135,6 @@ class LDAdamW(Inspectable):
         self._forget()
         defaults = dict(
             lr=lr,
-            lr_scale=1.0,
             betas=betas,
             eps=eps,
             weight_decay=weight_decay,

@@ -148,8 +148,12 @@ def state_shapes(shape: Sequence[int], group: Mapping[str, Any]) -> dict[str, tu
 
 
 def learning_rate(group: Mapping[str, Any]) -> float | Tensor:
-    """What a step of a group takes: lr · lr_scale; a tensor, on its device, where `lr` is one."""
-    rate: float | Tensor = group["lr"] * group["lr_scale"]
+    """What a step of a group takes: lr · lr_scale; a tensor, on its device, where `lr` is one.
+
+    Only groups that were given an `lr_scale` have it: torch.distributed.checkpoint loads no group with a key more than
+    was saved.
+    """
+    rate: float | Tensor = group["lr"] * group.get("lr_scale", 1.0)
     return rate
 
 

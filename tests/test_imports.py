@@ -55,7 +55,7 @@ ALLOWED = {
     "gradients": {"consistency", "entries", "runtime", "separate"},
     "agreement": {"consistency", "entries", "gradients", "replicas", "separate"},
     "clipping": {"adapters", "entries", "in_grad", "runtime"},
-    "grouping": {"entries", "rules"},
+    "grouping": {"entries", "load_checks", "rules"},
     "error_buffers": {"entries", "separate"},
     "in_grad": {"error_buffers", "entries", "located", "replicas", "rules", "separate"},
     "consistency": {"entries", "adapters", "runtime"},

@@ -153,7 +153,7 @@ def all_steps_as_numbers(saved: dict[str, Any]) -> None:
 
 def only_params(saved: dict[str, Any]) -> None:
     for group in saved["param_groups"]:
-        for key in ("lr_scale", "rho", "projector_init", "communication", "metrics_every", "state_dtype", "flatten"):
+        for key in ("rho", "projector_init", "communication", "metrics_every", "state_dtype", "flatten"):
             del group[key]
 
 

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from launch import optim
 from launch.compare import main as compare
+from launch.optim import build_groups
 from launch.pretrain import main as pretrain
 from launch.runlog import Record, read_log
 
@@ -146,6 +148,19 @@ def test_resumed_on_one_rank_goes_on_exactly(one_rank: Path, optimizer: str, tin
     folder = interrupted(one_rank, tmp_path / "run")
     checkpoint = folder / "checkpoints" / "step_000006"
     assert pretrain(["--config", str(tiny_config), "--optimizer", optimizer, "--resume", str(checkpoint)]) == 0
+    assert_same_curves(read_log(folder), read_log(one_rank), relative=0)
+
+
+def test_a_run_of_an_earlier_version_goes_on(
+    one_rank: Path, optimizer: str, tiny_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its vectors were in one group with the embeddings."""
+    arguments = ["--config", str(tiny_config), "--optimizer", optimizer, "--output_dir"]
+    monkeypatch.setattr(optim, "build_groups", lambda model, options, _: build_groups(model, options, 2))
+    assert pretrain([*arguments, str(tmp_path / "run")]) == 0
+    folder = interrupted(tmp_path / "run", tmp_path / "resumed")
+    monkeypatch.undo()
+    assert pretrain([*arguments, str(folder)]) == 0
     assert_same_curves(read_log(folder), read_log(one_rank), relative=0)
 
 
