@@ -8,9 +8,10 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 import sys
 from argparse import ArgumentError
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
@@ -307,8 +308,20 @@ def parse_config(arguments: Sequence[str] | None = None) -> Config:
         }
         return Config(**sections)
     except (ConfigError, ArgumentError) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
+        print(f"error: {explained(one_line(error), parser)}", file=sys.stderr, flush=True)
         sys.exit(2)
+
+
+def explained(message: str, parser: ArgumentParser) -> str:
+    """jsonargparse's message, in the words of those who typed: which option is unknown, or which values it has."""
+    unknown = re.search(r"Option '(\w+)' is not accepted", message)
+    if unknown:
+        return f"unknown option {unknown[1]} in --config: {near_names(unknown[1], vars(parser.get_defaults()))}"
+    wrong = re.search(r'Parser key "(\w+)": .*Given value: (.*)$', message)
+    choices = re.search(r"Expected a typing\.Literal\[(.*?)\]", message)
+    if wrong and choices:
+        return f"{wrong[1]}={wrong[2]}: expected one of {choices[1]}"
+    return message
 
 
 def refuse_unknown(parser: ArgumentParser, arguments: Sequence[str]) -> None:
@@ -316,6 +329,10 @@ def refuse_unknown(parser: ArgumentParser, arguments: Sequence[str]) -> None:
     for given in arguments:
         name = given.partition("=")[0]
         if name.startswith("--") and name not in known:
-            near = difflib.get_close_matches(name, known, n=3)
-            hint = f"did you mean {' or '.join(near)}?" if near else "--help lists the options"
-            raise ConfigError(f"unknown option {name}: {hint}")
+            raise ConfigError(f"unknown option {name}: {near_names(name, known)}")
+
+
+def near_names(name: str, known: Iterable[str]) -> str:
+    """What else may have been meant."""
+    near = difflib.get_close_matches(name, list(known), n=3)
+    return f"did you mean {' or '.join(near)}?" if near else "--help lists the options"

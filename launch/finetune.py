@@ -22,7 +22,7 @@ from typing import Any
 # Run as a file, Python looks for modules in launch/ alone: name the repository as well.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from launch.config import ConfigError, expect, one_line
+from launch.config import ConfigError, expect, near_names, one_line
 
 OPTIONS_FILE = "finetune_options.json"
 # With what the optimizer in a checkpoint was made: a run that goes on from it has the same.
@@ -107,7 +107,11 @@ def parse(arguments: Sequence[str]) -> tuple[FinetuneOptions, Any]:
         parser.set_defaults(**given)
         for action in parser._actions:
             action.required = action.required and action.dest not in given
-    values = vars(parser.parse_args(arguments))
+    parsed, unknown = parser.parse_known_args(arguments)
+    for name in (given.partition("=")[0] for given in unknown):
+        expect(not name.startswith("--"), f"unknown option {name}: {near_names(name, parser._option_string_actions)}")
+    expect(not unknown, f"{' '.join(unknown)}: expected options, --name value")
+    values = vars(parsed)
     del values["config"]
     on_cpu = values["use_cpu"] or not torch.accelerator.is_available()
     # Left to itself the Trainer would take a rank without a GPU for a run of its own.

@@ -93,7 +93,7 @@ def test_unknown_keys_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[
         ("--clip -1", "clip=-1.0"),
         ("--steps 0", "steps=0"),
         ("--stepz 10", "did you mean --steps"),
-        ("--error_dtype fp8", "fp8"),
+        ("--error_dtype fp8", "error_dtype=fp8: expected one of 'float64', 'float32', 'bfloat16', 'int8', 'int4'"),
         ("--min_lr_ratio 2", "min_lr_ratio=2"),
         ("--model llama_8m", "llama_8m"),
         ("--vocab_size 256", "vocab_size=256"),

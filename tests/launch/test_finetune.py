@@ -128,6 +128,7 @@ def test_fsdp_on_a_cpu_is_refused(
         ("--data /nowhere/texts.csv", "--data /nowhere/texts.csv: cannot be read"),
         ("--model /nowhere/model", "--model /nowhere/model: "),
         ("--text_column words", "has the columns text, label, not 'words': set text_column and label_column"),
+        ("--optimiser adamw", "unknown option --optimiser: did you mean --optimizer"),
         ("--optim adafactor", "optim='adafactor' in the training arguments asks for another optimizer"),
         ("--optim_args rnak=4", "unknown 'rnak' in optim_args; did you mean 'rank'?"),
         ("--eval_strategy steps --load_best_model_at_end true", "training arguments: "),
