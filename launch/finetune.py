@@ -13,6 +13,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -23,6 +24,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from launch.config import ConfigError, expect, near_names, one_line
+from launch.stopping import StopRequest
 
 OPTIONS_FILE = "finetune_options.json"
 # With what the optimizer in a checkpoint was made: a run that goes on from it has the same.
@@ -57,7 +59,8 @@ class FinetuneOptions:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code: 0; 2 for options, a model, data or a folder that cannot be used; 130 for Ctrl-C."""
+    """Exit code: 0, also for a run that a signal stopped after a checkpoint; 2 for options, a model, data or a folder
+    that cannot be used; 130 for Ctrl-C before the first step, or twice."""
     from launch import lock
 
     try:
@@ -72,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     finally:
         lock.release()
-    if args.process_index == 0:
+    if args.process_index == 0 and result:
         print(" ".join(f"{name}={value:.4f}" for name, value in sorted(result.items()) if name.startswith("eval_")))
     return 0
 
@@ -163,7 +166,7 @@ def _deepspeed(path: Any, on_cpu: bool) -> Any:
 
 
 def finetune(options: FinetuneOptions, args: Any) -> dict[str, float]:
-    """Train, evaluate and save; what was measured.
+    """Train, evaluate and save; what was measured, and nothing if a signal stopped the run.
 
     Raises:
         ConfigError: the model, the data or the optimizer's settings cannot be used.
@@ -212,12 +215,40 @@ def finetune(options: FinetuneOptions, args: Any) -> dict[str, float]:
         callbacks=callbacks,
         **optimizer,
     )
-    trainer.train(resume_from_checkpoint=checkpoint)
+    with StopRequest() as request:
+        stop = _save_when_asked(request, args.device)
+        trainer.add_callback(stop)
+        trainer.train(resume_from_checkpoint=checkpoint)
+    if stop.signal:
+        if args.process_index == 0:
+            done, by = trainer.state.global_step, signal.Signals(stop.signal).name
+            print(f"stopped by {by} after step {done}, saved in {folder}: the same command goes on", flush=True)
+        return {}
     result: dict[str, float] = trainer.evaluate()
     trainer.save_model()
     trainer.save_state()
     trainer.save_metrics("eval", result)
     return result
+
+
+def _save_when_asked(request: StopRequest, device: Any) -> Any:
+    """A callback of the Trainer that saves and stops after the step in which any rank is asked to stop."""
+    import torch
+    from torch import distributed
+    from transformers import TrainerCallback
+
+    class SaveWhenAsked(TrainerCallback):
+        signal = 0  # that some rank has got
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            asked = torch.tensor(request.signal, device=device)
+            if distributed.is_available() and distributed.is_initialized():
+                distributed.all_reduce(asked, distributed.ReduceOp.MAX)
+            self.signal = int(asked)
+            if self.signal:
+                control.should_save = control.should_training_stop = True
+
+    return SaveWhenAsked()
 
 
 def _keep_options(folder: Path, checkpoint: str | None, options: FinetuneOptions, args: Any) -> None:

@@ -7,6 +7,7 @@ import os
 import random
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -162,6 +163,30 @@ def test_a_second_run_goes_on(tiny: list[str], tmp_path: Path) -> None:
     assert (tmp_path / "checkpoint-2" / "optimizer.pt").stat().st_mtime_ns == written  # not trained anew
     state = json.loads((tmp_path / "trainer_state.json").read_text())
     assert [entry["step"] for entry in state["log_history"] if "loss" in entry] == [1, 2, 3, 4]
+
+
+def test_an_interrupt_saves(
+    tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import DataCollatorWithPadding
+
+    collate, calls = DataCollatorWithPadding.__call__, []
+
+    def interrupted(self: Any, *args: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return collate(self, *args)
+
+    command = [*tiny, "--output_dir", str(tmp_path), "--report_to", "none", "--rank", "4", "--eval_strategy", "no"]
+    command += ["--per_device_train_batch_size", "8", "--max_steps", "6", "--disable_tqdm", "true"]
+    monkeypatch.setattr(DataCollatorWithPadding, "__call__", interrupted)
+    assert finetune.main(command) == 0
+    assert "stopped by SIGINT after step" in capsys.readouterr().out
+    (saved,) = tmp_path.glob("checkpoint-*")
+    assert int(saved.name.partition("-")[2]) < 6
+    assert finetune.main(command) == 0
+    assert "eval_accuracy=" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
