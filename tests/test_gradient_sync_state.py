@@ -23,20 +23,24 @@ from ldadam_dist import LDAdamW, Traffic, build_param_groups, clip_grad_norm_
 SETTINGS = dict(lr=1e-2, rank=4, weight_decay=0.01)
 
 
+def whole_model(model: nn.Module) -> list[dict[str, Any]]:
+    """One group of all parameters, that are projected on purpose."""
+    return [{"params": list(model.named_parameters()), "rank": SETTINGS["rank"]}]
+
+
 def build(layout: str, **settings: Any) -> tuple[nn.Module, LDAdamW, int, int]:
     """A model, its optimizer, the number of this replica and of all; "one", "lowrank", "full" or "hsdp"."""
     model, world = models.tiny_llama(), dist.get_world_size() if dist.is_initialized() else 1
     options = SETTINGS | settings
-    params = [{"params": list(model.named_parameters()), "rank": 4}]
     if layout == "hsdp":
         mesh = init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("replicate", "shard"))
         fully_shard(model, mesh=mesh["shard"])
         options |= dict(gradient_sync="lowrank", replicate_mesh=mesh["replicate"])
-        return model, LDAdamW(params, **options), mesh["replicate"].get_local_rank(), world // 2
+        return model, LDAdamW(whole_model(model), **options), mesh["replicate"].get_local_rank(), world // 2
     if layout != "one":
         options |= dict(gradient_sync=layout, process_group=dist.group.WORLD)
     number = dist.get_rank() if layout != "one" else 0
-    return model, LDAdamW(params, **options), number, world if layout != "one" else 1
+    return model, LDAdamW(whole_model(model), **options), number, world if layout != "one" else 1
 
 
 def train(model: nn.Module, optimizer: LDAdamW, number: int, count: int, steps: range) -> None:

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from ldadam_dist import LDAdamW
 
-STEPS = 20
+STEPS = 12
 RANK = 2
 SHAPES = [
     (8, 12),  # even on 2 and 4

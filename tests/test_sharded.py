@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ldadam_dist import LDAdamW
 
-STEPS = 20
+STEPS = 12
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 ERROR_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
 """The error sums up, undamped, 1/(1−β1) ≈ 11 times what each step rounds. In float32 one process differs from itself by

@@ -57,7 +57,7 @@ def test_killed_and_started_again_by_torchrun(
     assert_same_curves(read_log(run), read_log(whole), relative=0)
 
 
-@pytest.mark.parametrize("resume", ["never", "another run's"])
+@pytest.mark.parametrize("resume", ["never", pytest.param("another run's", marks=pytest.mark.exhaustive)])
 def test_started_again_without_a_folder_or_with_another_runs_checkpoint(
     resume: str, tiny_config: Path, tmp_path: Path, whole: Path, launched: Callable[..., str], monkeypatch: Any
 ) -> None:
