@@ -50,7 +50,10 @@ class Presence:
         if not self._key or step & (step - 1) or self._world() is not dist.group.WORLD:
             return
         key = f"{self._key}/{dist.get_rank()}"
-        if not _store().check([key]):
+        try:
+            if not _store().check([key]):
+                return
+        except RuntimeError:  # the rank that serves the store has ended, and this one may go on by itself
             return
         other, ranks = _store().get(key).decode().split(" ", 1)
         raise RuntimeError(
