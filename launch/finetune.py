@@ -299,6 +299,8 @@ def _adamw(model: Any, options: FinetuneOptions, args: Any) -> Any:
     import torch
 
     from ldadam_dist import build_param_groups
+    from ldadam_dist.grouping import merged
+    from ldadam_dist.integrations.transformers import resumed_groups
 
     groups = build_param_groups(
         model,
@@ -309,6 +311,7 @@ def _adamw(model: Any, options: FinetuneOptions, args: Any) -> Any:
         include=args.optim_target_modules,
         named=False,
     )
+    groups = merged(groups, resumed_groups())
     groups = [{key: group[key] for key in ("params", "lr", "weight_decay") if key in group} for group in groups]
     betas = (args.adam_beta1, args.adam_beta2)
     return torch.optim.AdamW(groups, lr=args.learning_rate, betas=betas, eps=args.adam_epsilon)

@@ -59,25 +59,13 @@ def build_groups(model: nn.Module, options: OptimizerOptions, saved_groups: int 
             decay in one group with others if the weight decay was 0.
     """
     from ldadam_dist import build_param_groups
+    from ldadam_dist.grouping import merged
 
     module = model.module if isinstance(model, DistributedDataParallel) else model
     groups = build_param_groups(
         module, rank=options.rank, lr=options.lr, lr_other=options.lr_other, weight_decay=options.weight_decay
     )
-    return _merged(groups) if saved_groups is not None and len(groups) > saved_groups else groups
-
-
-def _merged(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Groups with the same settings made one."""
-    found: list[dict[str, Any]] = []
-    for group in groups:
-        alike = (other for other in found if {**other, "params": None} == {**group, "params": None})
-        first = next(alike, None)
-        if first is None:
-            found.append({**group, "params": list(group["params"])})
-        else:
-            first["params"] += group["params"]
-    return found
+    return merged(groups, saved_groups)
 
 
 def lr_factor(step: int, *, steps: int, warmup_steps: int, min_lr_ratio: float) -> float:

@@ -67,6 +67,28 @@ def forget_names(groups: Sequence[dict[str, Any]]) -> None:
         group.pop("param_names", None)
 
 
+def merged(groups: list[dict[str, Any]], saved: int | None) -> list[dict[str, Any]]:
+    """The groups of `build_param_groups` as earlier versions made them: one of all with the same settings.
+
+    Engines, schedulers and torch.distributed.checkpoint load nothing into more groups than were saved.
+
+    Args:
+        groups: from `build_param_groups`.
+        saved: how many groups a checkpoint has, if there is one; groups that are no more stay as they are.
+    """
+    if saved is None or len(groups) <= saved:
+        return groups
+    found: list[dict[str, Any]] = []
+    for group in groups:
+        alike = (other for other in found if {**other, "params": None} == {**group, "params": None})
+        first = next(alike, None)
+        if first is None:
+            found.append({**group, "params": list(group["params"])})
+        else:
+            first["params"] += group["params"]
+    return found
+
+
 def regrouped(state_dict: dict[str, Any], groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """A saved state dict in the groups of now, where it has the same names in others; else as it is.
 

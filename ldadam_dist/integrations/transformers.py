@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import os
 import sys
 import warnings
 from collections.abc import Callable, Mapping
 from types import FrameType
 from typing import Any
 
+import torch
 import transformers
 from torch import nn
+from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_callback import CallbackHandler
 
 from ldadam_dist.arguments import refuse_foreign
+from ldadam_dist.grouping import merged
 from ldadam_dist.optimizer import LDAdamW
 from ldadam_dist.param_groups import build_param_groups
 
@@ -97,6 +101,7 @@ class LDAdamWFactory:
             settings = chosen.anew(trainer.args)
             deepspeed = settings.pop("deepspeed")
         groups = build_param_groups(model, **{key: settings[key] for key in _GROUP_SETTINGS if key in settings})
+        groups = merged(groups, resumed_groups())
         defaults = {key: value for key, value in settings.items() if key not in _GROUP_SETTINGS or key in _SHARED}
         optimizer = LDAdamW(groups, **defaults)
         if deepspeed:
@@ -104,6 +109,21 @@ class LDAdamWFactory:
 
             attach_in_use(optimizer, model)
         return optimizer
+
+
+def resumed_groups() -> int | None:
+    """How many parameter groups the checkpoint has from which a Trainer is resuming just now; None without one.
+
+    The scheduler says it, which loads nothing into an optimizer with more. Earlier versions made fewer groups.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        folder = frame.f_locals.get("resume_from_checkpoint")
+        if isinstance(folder, str) and os.path.isfile(path := os.path.join(folder, SCHEDULER_NAME)):
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+            return len(saved["base_lrs"]) if "base_lrs" in saved else None
+        frame = frame.f_back
+    return None
 
 
 class LDAdamWCallback(transformers.TrainerCallback):  # type: ignore[misc]

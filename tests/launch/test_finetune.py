@@ -165,6 +165,22 @@ def test_a_second_run_goes_on(tiny: list[str], tmp_path: Path) -> None:
     assert [entry["step"] for entry in state["log_history"] if "loss" in entry] == [1, 2, 3, 4]
 
 
+@pytest.mark.parametrize("optimizer", ["ldadamw", "adamw"])
+def test_a_run_of_an_earlier_version_goes_on(
+    optimizer: str, tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its vectors were in one group with the embeddings, as nothing decays."""
+    command = [*tiny, "--output_dir", str(tmp_path), "--report_to", "none", "--rank", "4", "--eval_strategy", "no"]
+    command += ["--save_strategy", "steps", "--save_steps", "2", "--weight_decay", "0", "--optimizer", optimizer]
+    monkeypatch.setattr("ldadam_dist.integrations.transformers.resumed_groups", lambda: 2)
+    assert finetune.main([*command, "--max_steps", "2"]) == 0
+    monkeypatch.undo()
+    assert finetune.main([*command, "--max_steps", "4"]) == 0
+    saved = torch.load(tmp_path / "checkpoint-4" / "optimizer.pt", weights_only=True)
+    assert len(saved["param_groups"]) == 2
+    assert {int(state["step"]) for state in saved["state"].values()} == {4}
+
+
 def test_an_interrupt_saves(
     tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
