@@ -2,7 +2,7 @@
 
 def llama3_8b_ldadamw():
     config = llama3_8b()
-    config.optimizer = LDAdamWContainer.Config(rank=512, lr=2.5e-3, lr_other=1e-2, weight_decay=0.1)
+    config.optimizer = LDAdamWContainer.Config(rank=512, lr=6e-4, lr_other=3e-4, weight_decay=0.1)
     return config
 """
 
