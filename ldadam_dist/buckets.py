@@ -88,7 +88,7 @@ def load_block(
     decays: Factor = 1.0,
     measured: bool = False,
 ) -> Block:
-    """The batch in the dtype and on the device of the maths.
+    """The batch in the dtype and on the device of the maths, without the gradients where there are errors.
 
     Large matrices are not copied: A forms in their errors, if these have the dtype, and weights are changed where they
     are.
@@ -113,16 +113,10 @@ def load_block(
     large = matrices[0].layout.shard_elements > STACK_ELEMENTS
     apart = len(matrices) > 1 and large
     errors = [matrix.error for matrix in matrices if matrix.error is not None]
-    grads = [matrix.grad for matrix in matrices]
-    if moves is not None:
-        grads = [g if g is None else torch.where(on, g, g.new_zeros(())) for g, on in zip(grads, moves, strict=True)]
+    grads = _grads(matrices, moves)
     squares = [torch.linalg.vector_norm(grad, dtype=dtype).square() for grad in grads if grad is not None and measured]
     blocks = errors or [grad for grad in grads if grad is not None]
     accumulated = Separate(converted(blocks)) if apart else stack(blocks)
-    if errors:
-        for total, grad in zip(accumulated, grads, strict=True):
-            if grad is not None:
-                total.add_(grad.to(device))
     weights = [matrix.weight for matrix in matrices]
     copied = len(matrices) > 1 and not large
     stored = Separate(weights) if apart else stack(weights) if copied else weights[0].unsqueeze(0)
@@ -136,6 +130,30 @@ def load_block(
         decays=decays,
         grad_squares=torch.stack(squares).to(device) if squares else None,
     )
+
+
+def add_gradients(matrices: Sequence[Matrix], block: Block, moves: Sequence[Tensor] | None = None) -> bool:
+    """Make A of the errors in a batch. Returns whether it has formed where the errors are stored.
+
+    Args:
+        matrices, moves: as in `load_block`.
+        block: what it made.
+    """
+    if matrices[0].error is None:
+        return False
+    for total, grad in zip(block.accumulated, _grads(matrices, moves), strict=True):
+        if grad is not None:
+            total.add_(grad.to(total.device))
+    error = matrices[0].error
+    return isinstance(error, Tensor) and not is_fake(error) and error.data_ptr() == block.accumulated[0].data_ptr()
+
+
+def _grads(matrices: Sequence[Matrix], moves: Sequence[Tensor] | None) -> list[Tensor | None]:
+    """The gradients, those that do not move as zeros."""
+    grads = [matrix.grad for matrix in matrices]
+    if moves is None:
+        return grads
+    return [g if g is None else torch.where(on, g, g.new_zeros(())) for g, on in zip(grads, moves, strict=True)]
 
 
 def store_block(

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from ldadam_dist.buckets import Matrix, batches, load_block, store_block
+from ldadam_dist.buckets import Matrix, add_gradients, batches, load_block, store_block
 from ldadam_dist.costs import choose_communication
 from ldadam_dist.edges import shared_edges
 from ldadam_dist.entries import MISSING, NONZERO, Entry
@@ -26,6 +26,7 @@ from ldadam_dist.runtime import Job, during, listed, run
 from ldadam_dist.separate import is_fake
 from ldadam_dist.state import matrices_here
 from ldadam_dist.step import Block, Hyper, ldadam_step, step_on_owner
+from ldadam_dist.whole import Progress
 
 EXACT_INIT_SIZE = 256
 """With projector_init="auto", the first projector comes from an SVD if the smaller dimension of the matrix is at most
@@ -73,7 +74,10 @@ class OnDevice:
 
 
 def step_matrices(
-    entries: Sequence[Entry], plan: Sequence[Sequence[Sequence[Unit]]], unseen: OnDevice | None = None
+    entries: Sequence[Entry],
+    plan: Sequence[Sequence[Sequence[Unit]]],
+    unseen: OnDevice | None = None,
+    progress: Progress | None = None,
 ) -> list[Measured]:
     """Step every matrix whose gradient is not zero on all ranks; collective.
 
@@ -84,10 +88,12 @@ def step_matrices(
         entries: all parameters that are projected, as in `plan_windows`.
         plan: from `plan_windows`.
         unseen: then the host reads nothing.
+        progress: how far this step had come when it was interrupted; kept up to date.
     Returns:
         what was measured (the group's `metrics_every`).
     """
     measured: list[Measured] = []
+    progress = progress or Progress()
     steps = [_next_steps(entry) for entry in entries] if unseen is None else _next_steps_there(entries)
     moves = [[status == NONZERO for status in entry.statuses] for entry in entries]
 
@@ -97,7 +103,7 @@ def step_matrices(
         for unit in window:
             entry, (start, stop) = entries[unit.entry], entries[unit.entry].held
             number = start + unit.slot
-            if number >= stop or entry.statuses[number] == MISSING:
+            if number >= stop or entry.statuses[number] == MISSING or _key(unit) in progress.done:
                 continue
             if unit.entry not in here:
                 here[unit.entry] = matrices_here(entry, unit.layout), _hyper(entry, unseen is not None)
@@ -105,6 +111,8 @@ def step_matrices(
             every = entry.group["metrics_every"]
             if moves[unit.entry][number]:
                 matrix = matrices[unit.slot]
+                if _key(unit) in progress.formed:
+                    matrix = replace(matrix, grad=None)
                 t = steps[unit.entry][number]
                 if every and t % every == 0:
                     hyper = replace(hyper, measured=True)
@@ -112,13 +120,17 @@ def step_matrices(
                 where = (compute_dtype(entry.param.dtype), entry.adapter.device)
                 found.append(((*how, *where), unit, matrix, t))
             else:
+                progress.changing.add(_key(unit))
                 matrices[unit.slot].weight.mul_(1 - hyper.lr * hyper.weight_decay)
+                progress.done.add(_key(unit))
+                progress.changing.remove(_key(unit))
         return found
 
     for windows in plan:
         together = [moving(window) for window in windows]
         with during(partial(_stepped, entries, list(chain(*together)))):
-            run(_jobs(moving, unseen, measured) for moving in together)
+            run(_jobs(moving, unseen, measured, progress) for moving in together)
+    progress.closed = True
     if unseen is not None:
         counts = [entry.state["step"] for entry in entries]
         torch._foreach_add_(counts, [m.view_as(c).float() for m, c in zip(unseen.moves, counts, strict=True)])
@@ -149,7 +161,14 @@ def _stepped(entries: Sequence[Entry], moving: Sequence[_Moving]) -> str:
     return f"stepped {listed(dict.fromkeys(entries[unit.entry].name for _, unit, *_ in moving))}"
 
 
-def _jobs(moving: Sequence[_Moving], unseen: OnDevice | None, measured: list[Measured]) -> Iterator[Job]:
+def _key(unit: Unit) -> tuple[int, int]:
+    """A matrix in `Progress`."""
+    return unit.entry, unit.slot
+
+
+def _jobs(
+    moving: Sequence[_Moving], unseen: OnDevice | None, measured: list[Measured], progress: Progress
+) -> Iterator[Job]:
     for batch in batches([(key, matrix.layout, _most_together(key)) for key, _, matrix, _ in moving]):
         (_, layout, communication, hyper, t, dtype, device), *_ = moving[batch[0]]
         _, units, matrices, steps = zip(*(moving[i] for i in batch), strict=True)
@@ -160,11 +179,12 @@ def _jobs(moving: Sequence[_Moving], unseen: OnDevice | None, measured: list[Mea
         decays = 1.0 if unseen is None else unseen.usable.to(dtype)
         storage = (
             partial(load_block, matrices, dtype, device, steps, moves, decays, hyper.measured),
+            partial(add_gradients, matrices, moves=moves),
             partial(store_block, matrices, t=steps, moves=moves),
         )
         tell = partial(_tell, measured, units, layout) if hyper.measured else None
-        owners = tuple(unit.owner for unit in units)
-        yield Job(layout, device, owners, partial(_exchange, matrices, step, *storage, device, tell))
+        owners, come = tuple(unit.owner for unit in units), _Come(progress, list(map(_key, units)))
+        yield Job(layout, device, owners, partial(_exchange, matrices, step, *storage, device, tell, come))
 
 
 def _most_together(key: Any) -> int:
@@ -185,22 +205,48 @@ def _exchange(
     matrices: Sequence[Matrix],
     step: Callable[[Block], Exchange],
     load: Callable[[], Block],
+    form: Callable[[Block], bool],
     store: Callable[..., None],
     device: torch.device,
     tell: Callable[[Block], Exchange] | None,
+    come: _Come,
 ) -> Exchange:
     """A step of equal matrices, from what is stored to what is stored."""
     cut = [matrix for matrix in matrices if isinstance(matrix, CutMatrix)]  # all or none
     if cut:
         yield from complete_rows(cut, device)
     block = load()
+    block.begin = come.changes
+    come.changes()
+    come.forms(in_place=form(block))
     states = yield from step(block)
     if tell is not None:
         yield from tell(block)
     edges = yield from shared_edges([matrix.error for matrix in matrices], block.accumulated, matrices[0].layout)
     store(block=block, states=states, edges=edges)
+    come.ends()
     if cut:
         yield from hand_back(cut, device)
+
+
+@dataclass(frozen=True)
+class _Come:
+    """How far a batch has come."""
+
+    progress: Progress
+    keys: Sequence[tuple[int, int]]
+
+    def changes(self) -> None:
+        self.progress.changing.update(self.keys)
+
+    def forms(self, in_place: bool) -> None:
+        if in_place:
+            self.progress.formed.update(self.keys)
+        self.progress.changing.difference_update(self.keys)
+
+    def ends(self) -> None:
+        self.progress.done.update(self.keys)
+        self.progress.changing.difference_update(self.keys)
 
 
 def _tell(measured: list[Measured], units: Sequence[Unit], layout: MatrixLayout, block: Block) -> Exchange:

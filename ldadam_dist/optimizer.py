@@ -245,10 +245,11 @@ class LDAdamW(Inspectable):
                 graph is captured too early.
                 Nothing has changed then either. Or a collective failed, as a rank has stalled or died, which is named
                 with the matrices: the run must start again from its last checkpoint.
-                Whatever is raised in the midst of a step, as by Ctrl-C, steps and state dicts are refused from then on,
-                until a checkpoint is loaded.
+                After an exception in the midst of a step, steps and state dicts are refused until a checkpoint is
+                loaded; but see `whole.Progress`.
         """
-        self._refuse_torn("step()")
+        if closure is not None or not self._goes_on():
+            self._refuse_torn("step()")
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -258,6 +259,7 @@ class LDAdamW(Inspectable):
             for kind in {param.device.type for group in self.param_groups for param in group["params"]}:
                 if torch.amp.is_autocast_available(kind):
                     stack.enter_context(torch.autocast(kind, enabled=False))
+            stack.push(self._interrupted)
             self._step_all()
         return loss
 
@@ -297,13 +299,13 @@ class LDAdamW(Inspectable):
         vectors = [entry for entry in entries if entry.matrices is None]
         parts = [[e for e in some if e.matrices is not None] for some in self._stepped_together(entries)]
         plans = [self._windows(matrices) for matrices in parts]
-        self._torn = True
+        progress = self._begin(not self.error_in_grad and not any(entry.adapter.groups for entry in entries))
         with self.replicas.averaging(vectors):
             for matrices, plan in zip(parts, plans, strict=True):
-                self._keep_measures(matrices, step_matrices(matrices, plan))
+                self._keep_measures(matrices, step_matrices(matrices, plan, progress=progress))
         step_vectors(vectors)
         self._steps += 1
-        self._torn = False
+        self._end()
 
     def state_dict(self) -> dict[str, Any]:
         """The state as `torch.optim.Optimizer.state_dict`; an error in 8 or 4 bits appears in bfloat16, exactly.
@@ -356,7 +358,7 @@ class LDAdamW(Inspectable):
         finally:
             for hook in hooks:
                 hook.remove()
-        self._torn = False
+        self._end()
         self._loaded += 1
 
     def own_errors(self) -> dict[str, Tensor]:

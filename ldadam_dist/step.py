@@ -22,6 +22,7 @@ U, M and V come and go as the slices stored here (`layout.stored_rows`, `layout.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -81,6 +82,7 @@ class Block:
         exp_avg, exp_avg_sq: (b, r, stored columns).
         measures: (b, 6), what a measured step tells of the matrices (`measures.MEASURES`); None before.
         grad_squares: (b,), of this process's gradients; None if that is not asked for, or they are in errors already.
+        begin: is called before the first of errors and weights changes.
         moves: 1; or (b, 1, 1) of 1 or 0 that says on the device whether error and weight change in this step.
         decays: 1; or a tensor () with 1 or 0 that says so of the weight's decay.
     """
@@ -94,6 +96,7 @@ class Block:
     decays: Factor = 1.0
     measures: Tensor | None = None
     grad_squares: Tensor | None = None
+    begin: Callable[[], None] = lambda: None
 
 
 def ldadam_step(block: Block, layout: MatrixLayout, hyper: Hyper, t: int | Tensor) -> Exchange:
@@ -137,6 +140,7 @@ def ldadam_step(block: Block, layout: MatrixLayout, hyper: Hyper, t: int | Tenso
         M = g.lerp_(M_rotated, beta1)  # β1 R M + (1 − β1) g
         momentum = [(U, M_whole, moves * k)]
 
+    block.begin()
     if hyper.error_feedback:  # E = A + k U M − U'(g + k R M), with this replica's own g
         if layout.sync.count == 1:
             lost, factor = M, moves / (1 - beta1)  # g + k R M = M'/(1 − β1)

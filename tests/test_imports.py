@@ -70,7 +70,7 @@ ALLOWED = {
     "placement": {"entries", "state", "plan", "costs", "layout", "quantized", "rules", "tables"},
     "lowrank": {
         *("entries", "state", "plan", "costs", "buckets", "fragments", "step", "requests", "runtime", "rules"),
-        *("layout", "measures", "separate", "edges"),
+        *("layout", "measures", "separate", "edges", "whole"),
     },
     "capture": {"adamw", "entries", "gradients", "in_grad", "lowrank", "plan", "separate"},
     "inspection": {"capture", "entries", "lowrank", "measures", "placement", "plan", "runtime"},
